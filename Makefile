@@ -1,0 +1,25 @@
+# make setup   the environment, in .venv
+# make demo    fine-tune two networks on drawn pictures, through the queue, and compare them
+# make test    lint, format and all tests
+PYTHON ?= python3
+IN_VENV = PATH="$(CURDIR)/.venv/bin:$$PATH"
+
+.PHONY: setup demo test
+setup: .venv/installed
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: Python 3.11 or newer is needed, found $$($(PYTHON) --version 2>&1): make setup PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	@echo "installing requirements.txt into .venv (torch is large: some minutes)"
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+	@echo "done. Now: . .venv/bin/activate && dvc exp run"
+
+demo: setup
+	$(IN_VENV) python src/demo.py
+
+test: setup
+	$(IN_VENV) ruff check .
+	$(IN_VENV) ruff format --check .
+	$(IN_VENV) python -m pytest -m "not gpu or gpu" -n 2 --dist loadfile

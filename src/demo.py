@@ -1,0 +1,73 @@
+"""Fine-tune two networks on drawn pictures through DVC's queue, and compare them: `make demo`.
+
+Needs no network. Leaves the workspace as it is; the experiments stay (`dvc exp remove NAME` takes one away).
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+MODELS = ["alexnet", "squeezenet"]
+SETTINGS = {
+    "data.source": "data/sample.yaml",
+    "backbone.weights": "none",
+    "backbone.trainable": "all",
+}
+NEXT = """
+What next:
+  . .venv/bin/activate                                    # dvc and python of this project
+  dvc exp run                                             # AlexNet on ants and bees: fetches 47 MB and the weights
+  dvc exp run -S model_name=squeezenet -S lr=0.025        # change anything
+  dvc exp run --queue -S lr=0.0001,0.001,0.01             # a sweep ...
+  dvc queue start -j 2                                    # ... run in the background
+  dvc exp show --only-changed --drop 'src|data|models|weights|Created'
+"""
+
+
+def main() -> None:
+    names = [enqueue(model) for model in MODELS]
+    dvc("exp", "run", "--run-all")
+    accuracies = val_accuracies()
+    dvc("exp", "show", "--no-pager", "--only-changed", "--sort-by", "val_acc", "--sort-order", "desc",
+        "--drop", "src|data|models|weights|Created|State|Executor|eval|training_time|step")  # fmt: skip
+    missing = [name for name in names if name not in accuracies]
+    if missing:
+        sys.exit(f"error: {', '.join(missing)} failed: `dvc queue logs {missing[0]}` says why.")
+    for model, name in zip(MODELS, names, strict=True):
+        print(f"{model} ({name}): val_acc {accuracies[name]:.3f}")
+    print(NEXT)
+
+
+def enqueue(model: str) -> str:
+    """Queue an experiment; return the name that DVC gave it."""
+    overrides = [f"-S{key}={value}" for key, value in {"model_name": model, **SETTINGS}.items()]
+    said = dvc("exp", "run", "--queue", *overrides, capture=True)
+    print(said, end="", flush=True)
+    return re.search(r"Queued experiment '([^']+)'", said)[1]
+
+
+def val_accuracies() -> dict[str, float]:
+    """Return the validation accuracy of each finished experiment on top of HEAD, by name."""
+    found = {}
+    for commit in json.loads(dvc("exp", "show", "--json", capture=True)):
+        for experiment in commit["experiments"] or []:
+            data = experiment["revs"][0]["data"] or {}
+            for file in (data.get("metrics") or {}).values():
+                if "val_acc" in file.get("data", {}):
+                    found[experiment["name"]] = file["data"]["val_acc"]
+    return found
+
+
+def dvc(*arguments: str, capture: bool = False) -> str:
+    """Run a dvc command; return what it printed where that is captured. Ends the process where it fails."""
+    result = subprocess.run(["dvc", *arguments], text=True, stdout=subprocess.PIPE if capture else None)
+    if result.returncode:
+        sys.exit(result.returncode)
+    return result.stdout or ""
+
+
+if __name__ == "__main__":
+    os.environ["COLUMNS"] = os.environ.get("COLUMNS", "120")
+    main()

@@ -1,0 +1,12 @@
+"""Fine-tune pretrained image classifiers: the library that the stage scripts are written in."""
+
+import sys
+from importlib.util import find_spec
+
+# `dvc` found by its full path starts the stages with whatever `python3` is on PATH.
+_missing = [name for name in ("numpy", "PIL", "pydantic", "ruamel", "torch", "dvclive") if not find_spec(name)]
+if _missing:
+    sys.exit(
+        f"error: {sys.executable} has no {', '.join(_missing)}: the environment is not on PATH.\n"
+        "Run `. .venv/bin/activate` (after `make setup`), then the same command again."
+    )

@@ -1,0 +1,40 @@
+"""What a checkpoint holds, written so that a kill at any moment leaves the whole new one or the whole old one."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+FORMAT = 1
+
+
+def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict]) -> None:
+    """Write what training on from here needs to `path`, atomically.
+
+    That is the tensors that train and all buffers (frozen ones are the backbone's), the optimizer's state, and the
+    rows of the epochs so far. No generator's state: an epoch's randomness follows from (seed, epoch).
+    """
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    state = {
+        "format": FORMAT,
+        "epoch": history[-1]["step"],
+        "model": trained | dict(model.named_buffers()),
+        "optimizer": optimizer.state_dict(),
+        "history": history,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict:
+    """Return what `save` wrote, on the CPU. Nothing in the file can run code."""
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,0 +1,31 @@
+"""The device that an experiment runs on."""
+
+import os
+
+from finetune.errors import UserError
+
+import torch
+
+
+def choose(name: str) -> torch.device:
+    """Return the device of that name; `auto` is CUDA where there is one, else the CPU. Raises UserError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            found = f"{count} CUDA device{'s'[: count != 1]}" if count else "no CUDA device"
+            raise UserError(f"params.yaml: device = {name!r}, but torch finds {found} here. Set device to auto or cpu.")
+    return device
+
+
+def make_deterministic() -> None:
+    """Have torch take the same arithmetic each time, so that two runs of one seed are equal to the bit.
+
+    https://docs.pytorch.org/docs/stable/notes/randomness.html
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # doubles the time of small operations, for debugging

@@ -1,0 +1,66 @@
+"""Numbers computed from logits [n, classes] and labels [n]; scikit-learn's where it has them."""
+
+import numpy as np
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Return the log probabilities of the classes, [n, classes] float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return each picture's loss in nats, [n]."""
+    return -log_softmax(logits)[np.arange(len(labels)), labels]
+
+
+def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Return the share of pictures whose label has the largest logit."""
+    return float((logits.argmax(axis=1) == labels).mean())
+
+
+def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+    """Return the mean gap between confidence and accuracy, in `bins` of equal width weighted by their pictures.
+
+    Guo et al. 2017, arXiv:1706.04599.
+    """
+    confidence = np.exp(log_softmax(logits).max(axis=1))
+    correct = logits.argmax(axis=1) == labels
+    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = np.bincount(bin_of, weights=confidence - correct, minlength=bins)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def summary(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Return acc, loss (mean, nats), f1 (macro), auroc (macro one-vs-rest for more than two classes) and ece."""
+    from sklearn.metrics import f1_score, roc_auc_score
+
+    probabilities = np.exp(log_softmax(logits))
+    scores = probabilities[:, 1] if logits.shape[1] == 2 else probabilities
+    return {
+        "acc": accuracy(logits, labels),
+        "loss": float(cross_entropy(logits, labels).mean()),
+        "f1": float(f1_score(labels, logits.argmax(axis=1), average="macro")),
+        "auroc": float(roc_auc_score(labels, scores, multi_class="ovr")),
+        "ece": expected_calibration_error(logits, labels),
+    }
+
+
+def curves(logits: np.ndarray, labels: np.ndarray) -> tuple[list[dict], list[dict]]:
+    """Return the rows (fpr, tpr) of the ROC curve and (recall, precision) of the precision-recall curve.
+
+    Of the second class where there are two, else of all classes one-vs-rest together (micro-average).
+    """
+    from sklearn.metrics import precision_recall_curve, roc_curve
+
+    probabilities = np.exp(log_softmax(logits))
+    classes = probabilities.shape[1]
+    one_hot = np.eye(classes, dtype=int)[labels]
+    truth, score = (one_hot[:, 1], probabilities[:, 1]) if classes == 2 else (one_hot.ravel(), probabilities.ravel())
+    fpr, tpr, _ = roc_curve(truth, score)
+    precision, recall, _ = precision_recall_curve(truth, score, drop_intermediate=True)
+    return _rows(fpr=fpr, tpr=tpr), _rows(recall=recall[::-1], precision=precision[::-1])
+
+
+def _rows(**columns: np.ndarray) -> list[dict]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*(c.tolist() for c in columns.values()), strict=True)]

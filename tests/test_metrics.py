@@ -1,0 +1,57 @@
+"""The numbers, on cases worked out by hand and beside torch's."""
+
+from finetune import metrics
+
+import numpy as np
+import pytest
+import torch
+
+LOGITS = np.array([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.0, 0.5]], dtype=np.float32)
+LABELS = np.array([0, 1, 1, 1])
+
+
+def test_cross_entropy_and_probabilities_are_torchs():
+    logits, labels = torch.from_numpy(LOGITS), torch.from_numpy(LABELS)
+    expected = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="none").numpy()
+    np.testing.assert_allclose(metrics.cross_entropy(LOGITS, LABELS), expected, rtol=1e-12)
+    np.testing.assert_allclose(np.exp(metrics.log_softmax(LOGITS)), logits.double().softmax(1).numpy())
+    assert np.isfinite(metrics.cross_entropy(np.array([[1e4, -1e4]]), np.array([1]))).all()
+
+
+def test_summary_by_hand():
+    summary = metrics.summary(LOGITS, LABELS)
+    assert list(summary) == ["acc", "loss", "f1", "auroc", "ece"]
+    assert summary["acc"] == 0.75
+    assert summary["f1"] == pytest.approx((2 / 3 + 0.8) / 2)  # ants: 1 hit, 1 false; bees: 2 hits, 1 missed
+    assert summary["auroc"] == pytest.approx(2 / 3)  # of three pairs (bee, ant), the ant scores higher in one
+
+
+def test_more_than_two_classes():
+    logits = np.eye(3, dtype=np.float32)[[0, 1, 2, 0]] * 5
+    summary = metrics.summary(logits, np.array([0, 1, 2, 1]))
+    assert summary["acc"] == 0.75
+    assert 0.5 < summary["auroc"] < 1
+    roc, precision_recall = metrics.curves(logits, np.array([0, 1, 2, 1]))
+    assert (roc[0]["fpr"], roc[-1]["tpr"]) == (0, 1)
+    assert precision_recall[-1]["recall"] == 1
+
+
+@pytest.mark.parametrize(
+    ("confidences", "correct", "expected"),
+    [
+        ([0.9, 0.9], [True, False], 0.4),  # 90 % sure, right half of the time
+        ([0.8, 0.6], [True, True], (0.2 + 0.4) / 2),  # two bins
+        ([1.0], [True], 0.0),
+    ],
+)
+def test_expected_calibration_error(confidences, correct, expected):
+    probabilities = np.array([[c, 1 - c] for c in confidences])
+    logits = np.log(np.maximum(probabilities, 1e-12))
+    labels = np.array([0 if c else 1 for c in correct])
+    assert metrics.expected_calibration_error(logits, labels) == pytest.approx(expected, abs=1e-9)
+
+
+def test_curves_of_a_perfect_classifier():
+    roc, precision_recall = metrics.curves(np.array([[5.0, 0], [0, 5.0]]), np.array([0, 1]))
+    assert {"fpr": 0.0, "tpr": 1.0} in roc
+    assert {"recall": 1.0, "precision": 1.0} in precision_recall
