@@ -13,7 +13,7 @@ from pathlib import Path
 
 from finetune import backbones, params
 from finetune.errors import UserError, run_stage
-from finetune.places import resolve_user_path
+from finetune.files import resolve_user_path, sha256_of
 
 OUTPUT = Path("models/backbone.safetensors")
 
@@ -50,7 +50,7 @@ def find_weights(name: str, weights: str, folder: str | None) -> tuple[dict[str,
         files = []
     for file in files:
         if file.is_file():
-            return {"source": file.name, "sha256": backbones.sha256(file)}, backbones.read_file(file)
+            return {"source": file.name, "sha256": sha256_of(file)}, backbones.read_file(file)
     if weights != "imagenet":
         raise UserError(f"{files[0]} is missing. Copy the file there, or set backbone.weights to imagenet or none.")
     if folder:

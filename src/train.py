@@ -101,9 +101,8 @@ def log(live: Live, row: dict, num_epochs: int) -> None:
     for name, value in row.items():
         if name != "step":
             live.log_metric(name, value)
-    del live.summary[
-        "lr"
-    ]  # a curve alone: as a metric beside the parameter, it would rename both columns in `exp show`
+    # A curve alone: as a metric, it would have `dvc exp show` rename the column of the parameter.
+    del live.summary["lr"]
     live.next_step()
     tqdm.write(
         f"epoch {row['step'] + 1}/{num_epochs}: loss {row['loss']:.4f}  acc {row['acc']:.4f}  "

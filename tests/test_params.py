@@ -85,7 +85,7 @@ def test_refused(tmp_path, old, new, words):
 @pytest.mark.parametrize("text", ["", "3", "- lr"])
 def test_a_file_without_settings_is_refused(tmp_path, text):
     (tmp_path / "params.yaml").write_text(text)
-    with pytest.raises(UserError, match="should hold the settings"):
+    with pytest.raises(UserError, match="should hold `key: value` lines"):
         params.load(tmp_path / "params.yaml")
 
 

@@ -1,12 +1,12 @@
 """Pretrained networks by name: built for a number of classes, filled with weights, partly frozen."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from finetune.errors import UserError, nearest
+from finetune.files import sha256_of
 
 import torch
 import torchvision
@@ -52,6 +52,10 @@ def build(model_name: str, num_classes: int, image_size: int) -> nn.Module:
         raise UserError(
             f"{name} can't take pictures of data.image_size = {image_size} px: {_first_line(error)}"
         ) from None
+    if name.startswith("squeezenet"):
+        # A ReLU after the head's convolution would keep logits from being negative. With a few classes it often dies
+        # at 0 for all pictures, and nothing trains any more; without it the head is linear, as the other networks' is.
+        model.classifier[2] = nn.Identity()
     return model
 
 
@@ -94,7 +98,7 @@ def read_file(path: Path) -> Mapping[str, Tensor]:
     A file named as torchvision names its own (name-<start of sha256>.pth) must have that digest. Raises UserError.
     """
     digest = re.search(r"-([0-9a-f]{8,})\.pth$", path.name)
-    if digest and not sha256(path).startswith(digest[1]):
+    if digest and not sha256_of(path).startswith(digest[1]):
         raise UserError(
             f"{path} is damaged: its sha256 does not begin with {digest[1]}, as its name says. Get it again."
         )
@@ -158,12 +162,6 @@ def normalization(model_name: str, weights: str) -> tuple[list[float], list[floa
         transforms = _official(model_name).transforms()
         return list(transforms.mean), list(transforms.std)
     return IMAGENET_MEAN, IMAGENET_STD
-
-
-def sha256(path: Path) -> str:
-    """Return the file's sha256 in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], about: dict) -> None:

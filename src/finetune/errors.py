@@ -16,6 +16,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" Nearest: {', '.join(matches)}." if matches else ""
 
 
+def disk_is_full(error: Exception) -> bool:
+    """Tell whether the error is that of a full disk, or of a used-up quota."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def run_stage(main: Callable[[], None]) -> None:
     """Run `main`; end the process with status 1 and a short message where the user can mend what went wrong."""
     sys.stdout.reconfigure(line_buffering=True)  # a queue's log is to grow while the stage works
@@ -24,7 +29,7 @@ def run_stage(main: Callable[[], None]) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not disk_is_full(error):
             raise
         where = f" ({error.filename})" if error.filename else ""
         sys.exit(f"error: the disk is full{where}.\nFree some space (`dvc gc --workspace` is one way), then run again.")

@@ -1,0 +1,61 @@
+"""Files that the user named, found from where the user stands; and what identifies a file."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from finetune.errors import UserError
+
+import psutil
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def resolve_user_path(value: str, what: str) -> Path:
+    """Return the path of an existing file or folder that `value` means, which the user gave in the variable `what`.
+
+    A relative path is relative to the folder in which the user typed the command. Raises UserError where nothing is
+    there, naming the places looked at.
+    """
+    path = Path(os.path.expanduser(value))
+    folders = dict.fromkeys(_user_folders())
+    for folder in folders:
+        if os.path.exists(folder / path):
+            return folder / path
+    if path.is_absolute():
+        raise UserError(f"{what}={value} does not exist.")
+    looked = ", ".join(map(str, list(folders)[:3]))
+    raise UserError(f"{what}={value} is in none of {looked}.\nGive the full path: {what}=/…/{path.name}")
+
+
+def _user_folders() -> Iterator[Path]:
+    """Yield the folders in which the user may have typed the command, the likeliest first.
+
+    DVC runs a stage in the project's top folder, or in a temporary copy of the project. Its own process keeps in PWD
+    the folder of the shell it was started from; a queue's worker, that of the shell of `dvc queue start`. DVC_ROOT is
+    the main checkout. Without DVC_ROOT the user started the script, and is here.
+    """
+    root = os.environ.get("DVC_ROOT")
+    if root:
+        for process in _parents():
+            try:
+                folder = process.environ().get("PWD")
+            except psutil.Error:  # another user's process, or one that has just ended
+                continue
+            if folder:
+                yield Path(folder)
+        yield Path(root)
+    yield Path.cwd()
+
+
+def _parents() -> list[psutil.Process]:
+    """Return the processes above this one, the nearest first."""
+    try:
+        return psutil.Process().parents()
+    except psutil.Error:
+        return []

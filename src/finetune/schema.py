@@ -1,0 +1,61 @@
+"""YAML files as typed, validated objects, with errors that name the key, its value and what is allowed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from finetune.errors import UserError, nearest
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+
+class Section(BaseModel):
+    """A group of keys: all must be there (but for those with a default), no others, each of its own type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def read(path: str | Path, kind_of: Callable[[Any], type[S]]) -> S:
+    """Return what the YAML file at `path` holds, as the kind of section that `kind_of` chooses for its contents.
+
+    Raises UserError, one line for each key that is unknown, missing, of the wrong type or out of range.
+    """
+    try:
+        contents = YAML(typ="safe").load(Path(path))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing. Run from the project's top folder.") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    kind = kind_of(contents)
+    try:
+        return kind.model_validate(contents)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{path}: {_explain(each, _keys(kind))}" for each in error.errors())) from None
+
+
+def _explain(error: dict, known: list[str]) -> str:
+    """Return one line for an error of pydantic's: the key, its value, what is allowed, the nearest known key."""
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {key}.{nearest(key, known) or ' Known: ' + ', '.join(known) + '.'}"
+    if error["type"] == "missing":
+        return f"the key {key} is missing."
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if error["type"] == "value_error" and isinstance(error["input"], dict):
+        return message  # of several keys, which it names
+    return f"{key} = {error['input']!r} {message}" if key else "should hold `key: value` lines"
+
+
+def _keys(kind: type[Section], prefix: str = "") -> list[str]:
+    """Return the keys of a section, those of the sections in it with their names in front."""
+    keys = []
+    for name, field in kind.model_fields.items():
+        inner = field.annotation
+        is_section = isinstance(inner, type) and issubclass(inner, Section)
+        keys += _keys(inner, f"{prefix}{name}.") if is_section else [prefix + name]
+    return keys

@@ -1,0 +1,40 @@
+"""What several tests need: small pictures, settings, and a script run as a user runs it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parent.parent
+
+
+def make_pictures(folder: Path, numbers: dict[str, int], size: int = 24) -> None:
+    """Write pictures of noise, no two alike: {"train/ants": 3} is folder/train/ants/0.png, 1.png and 2.png."""
+    for name, number in numbers.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for index in range(number):
+            rng = np.random.default_rng([*name.encode(), index])
+            pixels = rng.integers(0, 256, (size, size + 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index}.png")
+
+
+def write_params(folder: Path, **overrides) -> None:
+    """Write folder/params.yaml: the project's own, with other values, as in data__source="pictures"."""
+    yaml = YAML()
+    settings = yaml.load(ROOT / "params.yaml")
+    for name, value in overrides.items():
+        *group, key = name.split("__")
+        (settings[group[0]] if group else settings)[key] = value
+    yaml.dump(settings, folder / "params.yaml")
+
+
+def run(script: str, folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    """Run src/<script> in a folder, with an empty cache in it unless told otherwise; return what came of it."""
+    environ = {name: value for name, value in os.environ.items() if name not in ("DATA_ARCHIVE", "WEIGHTS_DIR")}
+    environ |= {"XDG_CACHE_HOME": str(folder / "cache")} | variables
+    command = [sys.executable, str(ROOT / "src" / script), *arguments]
+    return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)

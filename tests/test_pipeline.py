@@ -1,0 +1,212 @@
+"""The pipeline through DVC, in scratch clones: experiments, the queue, comparing; and on the real pictures."""
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import mean
+
+from finetune import datasets
+from helpers import ROOT, make_pictures, run, write_params
+
+import pytest
+import torch
+import torchvision
+
+pytestmark = pytest.mark.slow
+
+COLUMNS = ["step", "acc", "loss", "training_time", "val_acc", "val_loss", "lr"]
+COLUMNS += ["eval.acc", "eval.loss", "eval.f1", "eval.auroc", "eval.ece"]
+TINY = {
+    "model_name": "squeezenet",
+    "num_epochs": 2,
+    "device": "cpu",
+    "data__source": "data/tiny.yaml",
+    "data__image_size": 32,
+    "data__resize": 40,
+    "backbone__weights": "none",
+}
+RECIPE = "drawn: [ants, bees]\ntrain: 6\nval: 4\nsize: 40\nseed: 0\n"
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=tester", "-c", "user.email=tester@example.org"]
+    return subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def clone(folder: Path, **settings) -> Path:
+    """Return a repository with the project's files as they are now, a tiny recipe, and `settings` in params.yaml."""
+    for name in git(ROOT, "ls-files", "-co", "--exclude-standard", "-z").split("\0"):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    (folder / "data/tiny.yaml").write_text(RECIPE)
+    write_params(folder, **settings)
+    git(folder, "init", "-q", "-b", "main")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "project")
+    return folder
+
+
+def dvc(folder: Path, *arguments: str, status: int = 0, **variables: str) -> str:
+    """Run dvc as a user with the environment on PATH does; return what it printed."""
+    environ = {name: value for name, value in os.environ.items() if name not in ("DATA_ARCHIVE", "WEIGHTS_DIR")}
+    environ |= {"PATH": f"{Path(sys.executable).parent}:{environ['PATH']}", "PWD": str(folder), "COLUMNS": "250"}
+    outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    result = subprocess.run(["dvc", *arguments], cwd=folder, env=environ | variables, **outputs)
+    assert result.returncode == status, result.stdout
+    return result.stdout
+
+
+def experiments(folder: Path) -> list[dict[str, str]]:
+    """Return the rows of `dvc exp show` that are experiments."""
+    rows = csv.DictReader(io.StringIO(dvc(folder, "exp", "show", "--csv")))
+    return [row for row in rows if row["typ"].startswith("branch")]
+
+
+def wait_for_queue(folder: Path) -> str:
+    """Return the queue's status once nothing is queued or running."""
+    for _ in range(120):
+        status = dvc(folder, "queue", "status")
+        if not re.search(r"\b(Queued|Running)\b", status):
+            return status
+        time.sleep(1)
+    raise AssertionError(status)
+
+
+def test_the_walkthrough(tmp_path):
+    project = clone(tmp_path / "project", **TINY)
+
+    printed = dvc(project, "exp", "run")
+    assert "Experiment results have been applied to your workspace" in printed
+    assert git(project, "status", "--short").split() == ["??", "dvc.lock", "??", "results/"]
+    (first,) = experiments(project)
+    assert first.keys() >= set(COLUMNS)
+    assert (first["step"], first["lr"]) == ("1", "0.001")
+
+    write_params(project, **TINY, lr=0.009, momentum=0.017)
+    printed = dvc(project, "exp", "run")
+    assert "Stage 'prepare' didn't change, skipping" in printed
+    assert "Stage 'backbone' didn't change, skipping" in printed
+    printed = dvc(project, "exp", "run", "-S", "lr=0.025", "-S", "momentum=0.5", "-S", "num_epochs=1")
+    assert "epoch 1/1" in printed
+    printed = dvc(project, "exp", "run", "-S", "model_name=mobilenet_v3_small")
+    assert "mobilenet_v3_small: 0 pretrained parameters" in printed
+    assert [row["lr"] for row in experiments(project)] == ["0.025", "0.025", "0.009", "0.001"]
+
+    dvc(project, "exp", "run", "--queue", "-S", "lr=0.0001", "-S", "momentum=0.9", "-S", "num_epochs=1")
+    printed = dvc(project, "exp", "run", "--queue", "-S", "lr=0.001,1e30")
+    failing = re.findall(r"Queued experiment '([^']+)'", printed)[1]
+    assert dvc(project, "exp", "show", "--no-pager").count("Queued") == 3
+    dvc(project, "exp", "run", "--run-all")
+    status = wait_for_queue(project)
+    assert status.count("Success") == 2
+    assert re.search(rf"{failing}\s.*Failed", status)
+    log = dvc(project, "queue", "logs", failing)
+    assert "error: the loss became NaN or infinite in epoch 0" in log
+    assert "Traceback" not in log
+
+    dvc(project, "exp", "run", "--queue", "-S", "lr=0.002,0.003")
+    dvc(project, "queue", "start", "-j", "2")
+    assert wait_for_queue(project).count("Success") == 4
+    assert len([row for row in experiments(project) if row["State"] != "Failed"]) == 8
+
+    table = dvc(project, "exp", "show", "--no-pager", "--only-changed", "--sort-by", "val_acc", "--sort-order", "desc",
+                "--drop", "src|data|models|weights|Created")  # fmt: skip
+    assert re.search(r"Experiment .*\bacc .*\bval_acc .*\blr ", table)
+    assert not re.search(r"num_classes|src/|models/|params\.yaml:", table)
+    assert "momentum" in dvc(project, "exp", "diff", first["Experiment"])
+    assert "eval.auroc" in dvc(project, "metrics", "show")
+    assert "index.html" in dvc(project, "plots", "diff", first["Experiment"])
+
+    dvc(project, "exp", "apply", first["Experiment"])
+    assert json.loads((project / "results/train/metrics.json").read_text())["val_acc"] == float(first["val_acc"])
+    dvc(project, "exp", "branch", first["Experiment"], "best")
+    assert "best" in git(project, "branch")
+    assert "Data and pipelines are up to date" in dvc(project, "repro")
+
+    # The same experiment again, from another workspace: it is not trained twice.
+    printed = dvc(project, "exp", "run", "--temp", "-S", "lr=0.003", "-S", "model_name=mobilenet_v3_small",
+                  "-S", "momentum=0.017")  # fmt: skip
+    assert "Stage 'train' is cached - skipping run" in printed
+
+    # A key that no stage knows is an error, though nothing else has changed.
+    with open(project / "params.yaml", "a") as file:
+        file.write("learning_rate: 0.1\n")
+    printed = dvc(project, "exp", "run", status=255)
+    assert "error: params.yaml: unknown key learning_rate" in printed
+
+
+def test_relative_paths_of_data_and_weights_hold_in_the_queue(tmp_path):
+    make_pictures(tmp_path / "pictures", {"train/ants": 3, "train/bees": 3, "val/ants": 2, "val/bees": 2}, size=40)
+    archive = Path(shutil.make_archive(str(tmp_path / "pictures"), "zip", tmp_path / "pictures"))
+    (tmp_path / "weights").mkdir()
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), tmp_path / "weights/squeezenet1_1.pth")
+    project = clone(tmp_path / "project", **TINY | {"data__source": "data/mine.yaml", "backbone__weights": "imagenet"})
+    digest = datasets.read(tmp_path / "pictures", "pictures").digest
+    (project / "data/mine.yaml").write_text(
+        f"url: http://127.0.0.1:9/mine.zip\nbytes: {archive.stat().st_size}\nsha256: {'a' * 64}\ndigest: {digest}\n"
+    )
+    git(project, "add", "-A")
+    git(project, "commit", "-qm", "mine")
+
+    places = {"DATA_ARCHIVE": "../pictures.zip", "WEIGHTS_DIR": "../weights"}
+    dvc(project, "exp", "run", "--queue", **places)
+    dvc(project, "queue", "start", **places)
+    status = wait_for_queue(project)
+    assert "Success" in status, dvc(project, "queue", "logs", re.search(r"^(\w{7})\s", status, re.MULTILINE)[1])
+    assert git(project, "status", "--short") == ""
+
+
+def test_a_folder_of_ones_own(tmp_path):
+    project = clone(tmp_path / "project", **TINY)
+    make_pictures(project / "data/flowers", {"daisy": 5, "rose": 5, "tulip": 5}, size=40)
+    printed = dvc(project, "exp", "run", "-S", "data.source=data/flowers", status=255)
+    assert "data/flowers has 3 classes (daisy, rose, tulip): set it with -S num_classes=3" in printed
+    dvc(project, "exp", "run", "-S", "data.source=data/flowers", "-S", "num_classes=3")
+    manifest = json.loads((project / "data/prepared/manifest.json").read_text())
+    assert manifest["counts"]["val"] == {"daisy": 1, "rose": 1, "tulip": 1}
+
+
+def test_the_demo_learns_and_leaves_the_workspace_as_it_was(tmp_path):
+    project = clone(tmp_path / "project")
+    (project / "params.yaml").write_text((project / "params.yaml").read_text().replace("lr: 0.001", "lr: 0.002"))
+    before = git(project, "status", "--short"), git(project, "stash", "list"), git(project, "rev-parse", "HEAD")
+    environ = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for _ in range(2):  # the second time, DVC has the results
+        result = subprocess.run(
+            [sys.executable, "src/demo.py"], cwd=project, env=environ, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "dvc exp run" in result.stdout
+        accuracies = re.findall(r"^(alexnet|squeezenet) \(.*\): val_acc (0\.\d+|1\.0+)$", result.stdout, re.MULTILINE)
+        assert [model for model, _ in accuracies] == ["alexnet", "squeezenet"]
+        assert all(float(accuracy) >= 0.9 for _, accuracy in accuracies)
+        after = git(project, "status", "--short"), git(project, "stash", "list"), git(project, "rev-parse", "HEAD")
+        assert after == before
+    assert result.stdout.count("Stage 'train' is cached - skipping run") == 2
+
+
+@pytest.mark.skipif(
+    not (os.environ.get("DATA_ARCHIVE") and os.environ.get("WEIGHTS_DIR")),
+    reason="DATA_ARCHIVE and WEIGHTS_DIR do not say where the real pictures and weights are",
+)
+@pytest.mark.parametrize(("model", "least"), [("alexnet", 0.86), ("squeezenet", 0.85)])
+def test_the_defaults_reach_their_accuracy_on_the_real_pictures(tmp_path, model, least):
+    places = {name: os.path.abspath(os.environ[name]) for name in ("DATA_ARCHIVE", "WEIGHTS_DIR")}
+    shutil.copytree(ROOT / "data", tmp_path / "data", ignore=shutil.ignore_patterns("prepared*"))
+    accuracies = []
+    for seed in range(3):
+        write_params(tmp_path, model_name=model, seed=seed)
+        for script in ("prepare.py", "backbone.py", "train.py") if seed == 0 else ("train.py",):
+            result = run(script, tmp_path, **places)
+            assert result.returncode == 0, result.stdout + result.stderr
+        accuracies.append(json.loads((tmp_path / "results/train/metrics.json").read_text())["val_acc"])
+    print(model, accuracies)
+    assert mean(accuracies) >= least, accuracies
