@@ -9,11 +9,15 @@ import re
 import subprocess
 import sys
 
-MODELS = ["alexnet", "squeezenet"]
-SETTINGS = {
+MODELS = {"alexnet": {"lr": 0.007, "batch_size": 32}, "squeezenet": {"lr": 0.002, "batch_size": 16}}
+SETTINGS = {  # small enough for a minute without a GPU, from random weights
     "data.source": "data/sample.yaml",
+    "data.resize": 72,
+    "data.image_size": 64,
     "backbone.weights": "none",
     "backbone.trainable": "all",
+    "num_epochs": 22,
+    "momentum": 0.9,
 }
 NEXT = """
 What next:
@@ -42,7 +46,8 @@ def main() -> None:
 
 def enqueue(model: str) -> str:
     """Queue an experiment; return the name that DVC gave it."""
-    overrides = [f"-S{key}={value}" for key, value in {"model_name": model, **SETTINGS}.items()]
+    settings = {"model_name": model} | SETTINGS | MODELS[model]
+    overrides = [f"-S{key}={value}" for key, value in settings.items()]
     said = dvc("exp", "run", "--queue", *overrides, capture=True)
     print(said, end="", flush=True)
     return re.search(r"Queued experiment '([^']+)'", said)[1]

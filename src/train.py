@@ -27,6 +27,7 @@ def main() -> None:
     store = ImageStore("data/prepared")
     check_num_classes(settings.num_classes, store.classes, store.manifest["source"])
     device.make_deterministic()
+    device.keep_freed_memory()
     place = device.choose(settings.device)
 
     torch.manual_seed(settings.seed)  # of the layers without pretrained weights
@@ -38,9 +39,8 @@ def main() -> None:
 
     normalize = functools.partial(augment.normalize, mean=about["mean"], std=about["std"])
     size = settings.data.image_size
-    optimizer = torch.optim.SGD(
-        [p for p in model.parameters() if p.requires_grad], lr=settings.lr, momentum=settings.momentum
-    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=settings.lr, momentum=settings.momentum, fused=True)
 
     history: list[dict] = []
     with Live("results/train", dvcyaml=None, save_dvc_exp=False) as live:

@@ -1,5 +1,6 @@
 """The device that an experiment runs on."""
 
+import ctypes
 import os
 
 from finetune.errors import UserError
@@ -29,3 +30,16 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # doubles the time of small operations, for debugging
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep the memory that is freed, where it is glibc's.
+
+    It gives large blocks back to the system, so that each step's gradients and activations would be new pages, zeroed
+    one by one: a step of AlexNet on the CPU took 1.6 times as long. https://man7.org/linux/man-pages/man3/mallopt.3.html
+    """
+    trim_threshold, mmap_threshold = -1, -3
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
