@@ -47,7 +47,9 @@ def main() -> None:
         for epoch in range(settings.num_epochs):
             torch.manual_seed(augment.dropout_seed(settings.seed, epoch))
             backbones.train_mode(model)
-            batches = training.training_batches(store, settings.seed, epoch, settings.batch_size, size)
+            batches = training.training_batches(
+                store, settings.seed, epoch, settings.batch_size, size, settings.augment.min_scale
+            )
             steps = len(training.slices(len(store.indices("train")), settings.batch_size))
             with tqdm(total=steps, desc=f"epoch {epoch + 1}/{settings.num_epochs}", disable=None) as bar:
                 try:

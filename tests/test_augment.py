@@ -34,7 +34,9 @@ def test_the_order_is_a_permutation_of_its_own_stream():
     assert augment.dropout_seed(0, 1) != augment.dropout_seed(0, 2)
 
 
-def torchvisions_crop(monkeypatch, height: int, width: int, draws: np.ndarray) -> tuple[int, int, int, int]:
+def torchvisions_crop(
+    monkeypatch, height: int, width: int, min_scale: float, draws: np.ndarray
+) -> tuple[int, int, int, int]:
     """Return the box that torchvision chooses when its generator gives `draws`."""
     attempts = iter(draws.reshape(-1, 4))
     numbers = iter(())
@@ -49,16 +51,17 @@ def torchvisions_crop(monkeypatch, height: int, width: int, draws: np.ndarray) -
     monkeypatch.setattr(
         torch, "randint", lambda low, high, size: torch.tensor([math.floor(low + next(numbers) * (high - low))])
     )
-    params = v2.RandomResizedCrop(224).make_params([torch.empty(3, height, width)])
+    params = v2.RandomResizedCrop(224, scale=(min_scale, 1.0)).make_params([torch.empty(3, height, width)])
     return params["top"], params["left"], params["height"], params["width"]
 
 
+@pytest.mark.parametrize("min_scale", [0.08, 0.25])
 @pytest.mark.parametrize(("height", "width"), [(256, 341), (400, 256), (256, 256), (256, 2000), (2000, 256)])
-def test_random_resized_crop_is_torchvisions_given_the_same_draw(monkeypatch, height, width):
+def test_random_resized_crop_is_torchvisions_given_the_same_draw(monkeypatch, height, width, min_scale):
     monkeypatch.setattr(torch, "empty", lambda *size, make=torch.empty: make(*size, dtype=torch.float64))
     draws = np.random.default_rng(height + width).random((100, 4 * augment.ATTEMPTS))
-    boxes = augment.random_resized_crops(draws, np.full(100, height), np.full(100, width))
-    expected = [torchvisions_crop(monkeypatch, height, width, row) for row in draws]
+    boxes = augment.random_resized_crops(draws, np.full(100, height), np.full(100, width), min_scale)
+    expected = [torchvisions_crop(monkeypatch, height, width, min_scale, row) for row in draws]
     assert np.abs(boxes - expected).max() <= 1  # torchvision keeps the ratio's bounds in 32 bits
     assert (boxes == expected).all(axis=1).mean() > 0.95
 

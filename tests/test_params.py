@@ -69,6 +69,7 @@ def test_accepted(tmp_path, old, new, field, value):
         ("image_size: 224", "image_size: 300", ["data.image_size = 300 is larger than data.resize = 256"]),
         ("val_fraction: 0.2", "val_fraction: 1.0", ["data.val_fraction = 1.0"]),
         ("max_skipped: 0.1", "max_skipped: 2", ["data.max_skipped = 2"]),
+        ("min_scale: 0.25", "min_scale: 0", ["augment.min_scale = 0", "greater than 0"]),
         ("split_seed: 0", "split_seed: a", ["data.split_seed = 'a'"]),
         ("data:", "data: 3\nrest:", ["data = 3", "unknown key rest"]),
         ("lr: 0.001", "lr: 0.001\nlr: 0.002", ["not valid YAML", "duplicate key"]),

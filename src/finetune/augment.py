@@ -40,17 +40,17 @@ def random_resized_crops(
     draws: np.ndarray,
     heights: np.ndarray,
     widths: np.ndarray,
-    scale: tuple[float, float] = (0.08, 1.0),
+    min_scale: float,
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
-    """Return [n, 4] boxes (top, left, height, width) of a random area and aspect ratio (width over height).
+    """Return [n, 4] boxes (top, left, height, width) of a random aspect ratio and an area of `min_scale` to 1.
 
     Up to ten attempts a picture, then the largest centred box whose ratio is allowed: Szegedy et al. 2014,
     arXiv:1409.4842, as torchvision's RandomResizedCrop draws it. `draws` is [n, 4 * ATTEMPTS] in [0, 1).
     """
     area, log_ratio, top, left = draws.reshape(len(draws), ATTEMPTS, 4).transpose(2, 0, 1)
     heights, widths = heights[:, None], widths[:, None]
-    area = (scale[0] + area * (scale[1] - scale[0])) * heights * widths
+    area = (min_scale + area * (1 - min_scale)) * heights * widths
     aspect = np.exp(np.log(ratio[0]) + log_ratio * np.log(ratio[1] / ratio[0]))
     w, h = np.rint(np.sqrt(area * aspect)).astype(int), np.rint(np.sqrt(area / aspect)).astype(int)
     fits = (w > 0) & (w <= widths) & (h > 0) & (h <= heights)

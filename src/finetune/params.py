@@ -51,6 +51,12 @@ class Backbone(schema.Section):
     trainable: Literal["head", "all"]
 
 
+class Augment(schema.Section):
+    """The group `augment`: how a training picture varies from epoch to epoch."""
+
+    min_scale: Annotated[float, Field(gt=0, le=1)]
+
+
 class Params(schema.Section):
     """All settings of an experiment, as `params.yaml` holds them."""
 
@@ -64,6 +70,7 @@ class Params(schema.Section):
     device: Annotated[str, AfterValidator(_device)]
     data: Data
     backbone: Backbone
+    augment: Augment
 
 
 def load(path: str | Path = "params.yaml") -> Params:

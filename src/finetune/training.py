@@ -25,11 +25,13 @@ def slices(count: int, batch_size: int) -> list[slice]:
     return [slice(start, end) for start, end in zip(starts, [*starts[1:], count], strict=True)]
 
 
-def training_batches(store: ImageStore, seed: int, epoch: int, batch_size: int, image_size: int) -> Iterator[Batch]:
+def training_batches(
+    store: ImageStore, seed: int, epoch: int, batch_size: int, image_size: int, min_scale: float
+) -> Iterator[Batch]:
     """Yield the epoch's training pictures, shuffled and augmented: random resized crop and horizontal flip."""
     indices = store.indices("train")
     draws = augment.epoch_draws(seed, epoch, len(indices))
-    boxes = augment.random_resized_crops(draws[:, :-1], store.heights[indices], store.widths[indices])
+    boxes = augment.random_resized_crops(draws[:, :-1], store.heights[indices], store.widths[indices], min_scale)
     order = augment.epoch_order(seed, epoch, len(indices))
     for part in slices(len(indices), batch_size):
         chosen = order[part]
