@@ -3,59 +3,58 @@
     dvc repro backbone
     WEIGHTS_DIR=~/weights dvc repro backbone    # look there first: torchvision's file name, then <model_name>.pth
 
-The file holds the tensors of every layer but the head; its metadata say where they came from (with the source's
-digest), which layers had none, and the mean and standard deviation that the network expects.
+The file holds the tensors of every layer but the head; its metadata their digest, which layers had none, and the mean
+and standard deviation that the network expects. The same weights give the same bytes, wherever they were found.
 """
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-from finetune import backbones, params
+from finetune import backbones, device, params
 from finetune.errors import UserError, run_stage
-from finetune.files import resolve_user_path, sha256_of
+from finetune.files import resolve_user_path
 
 OUTPUT = Path("models/backbone.safetensors")
 
 
 def main() -> None:
     settings = params.load()
+    device.choose(settings.device)  # its errors now, rather than after the pictures were prepared
     name = backbones.canonical_name(settings.model_name)
     weights = settings.backbone.weights
     model = backbones.build(name, num_classes=2, image_size=settings.data.image_size)
-    source, state = find_weights(name, weights, os.environ.get("WEIGHTS_DIR"))
-    tensors = backbones.fitting_tensors(model, state) if state else {}
+    tensors, source = {}, "random initialisation"
+    if weights != "none":
+        state, source = find_weights(name, weights, os.environ.get("WEIGHTS_DIR"))
+        tensors = backbones.fitting_tensors(model, state)
     missing = backbones.missing_layers(model, tensors)
     mean, std = backbones.normalization(name, weights)
-
-    about = {"model_name": name, "missing": missing, "mean": mean, "std": std}
-    backbones.write(OUTPUT, tensors, about | source)
+    about = {"model_name": name, "missing": missing, "mean": mean, "std": std, "digest": backbones.digest(tensors)}
+    backbones.write(OUTPUT, tensors, about)
 
     count = sum(tensor.numel() for tensor in tensors.values())
-    print(f"{name}: {count:,} pretrained parameters from {source['source']}")
+    print(f"{name}: {count:,} pretrained parameters from {source}")
     if tensors and missing:
         print(f"{len(missing)} layers have none and will train: {', '.join(missing)}")
 
 
-def find_weights(name: str, weights: str, folder: str | None) -> tuple[dict[str, str], dict]:
-    """Return where the weights come from (source, and sha256 of a file) and the state dict, empty for `none`."""
-    if weights == "none":
-        return {"source": "random initialisation"}, {}
+def find_weights(name: str, weights: str, folder: str | None) -> tuple[Mapping, str]:
+    """Return the state dict that `backbone.weights` names, and where it was found. Raises UserError."""
     if weights != "imagenet":
-        files = [Path("weights") / weights]
-    elif folder:
-        place = resolve_user_path(folder, "WEIGHTS_DIR")
-        files = [place / backbones.official_file(name), place / f"{name}.pth"]
-    else:
-        files = []
-    for file in files:
-        if file.is_file():
-            return {"source": file.name, "sha256": sha256_of(file)}, backbones.read_file(file)
-    if weights != "imagenet":
-        raise UserError(f"{files[0]} is missing. Copy the file there, or set backbone.weights to imagenet or none.")
+        file = Path("weights") / weights
+        if not file.is_file():
+            raise UserError(f"{file} is missing. Copy the file there, or set backbone.weights to imagenet or none.")
+        return backbones.read_file(file), str(file)
     if folder:
-        print(f"WEIGHTS_DIR={folder} has neither {files[0].name} nor {files[1].name}: downloading", file=sys.stderr)
-    return {"source": backbones.official_file(name)}, backbones.download_official(name, sys.stderr.isatty())
+        place = resolve_user_path(folder, "WEIGHTS_DIR")
+        names = [backbones.official_file(name), f"{name}.pth"]
+        for file in [place / each for each in names]:
+            if file.is_file():
+                return backbones.read_file(file), file.name
+        print(f"WEIGHTS_DIR={folder} has neither {names[0]} nor {names[1]}: downloading", file=sys.stderr)
+    return backbones.download_official(name, sys.stderr.isatty()), backbones.official_file(name)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,14 @@ SETTINGS = {  # small enough for a minute without a GPU, from random weights
     "data.image_size": 64,
     "backbone.weights": "none",
     "backbone.trainable": "all",
+    "num_classes": 2,
     "num_epochs": 22,
     "momentum": 0.9,
+    "seed": 0,
+    "device": "auto",
+    "augment.min_scale": 0.25,
 }
+HIDDEN = "src|data|models|backbone|Created|State|Executor|eval|time|step|augment|num_|seed|device|^loss|^acc"
 NEXT = """
 What next:
   . .venv/bin/activate                                    # dvc and python of this project
@@ -31,11 +36,15 @@ What next:
 
 
 def main() -> None:
+    if re.search(r"\bQueued\b", dvc("queue", "status", capture=True)):
+        sys.exit(
+            "error: the queue holds experiments, and the demo would run them too.\n"
+            "Run them first (dvc queue start), or take them out (dvc queue remove --queued)."
+        )
     names = [enqueue(model) for model in MODELS]
     dvc("exp", "run", "--run-all")
     accuracies = val_accuracies()
-    dvc("exp", "show", "--no-pager", "--only-changed", "--sort-by", "val_acc", "--sort-order", "desc",
-        "--drop", "src|data|models|weights|Created|State|Executor|eval|training_time|step")  # fmt: skip
+    dvc("exp", "show", "--no-pager", "--only-changed", "--drop", HIDDEN, "--sort-by", "val_acc", "--sort-order", "desc")
     missing = [name for name in names if name not in accuracies]
     if missing:
         sys.exit(f"error: {', '.join(missing)} failed: `dvc queue logs {missing[0]}` says why.")
@@ -74,5 +83,6 @@ def dvc(*arguments: str, capture: bool = False) -> str:
 
 
 if __name__ == "__main__":
-    os.environ["COLUMNS"] = os.environ.get("COLUMNS", "120")
+    if not sys.stdout.isatty():
+        os.environ.setdefault("COLUMNS", "120")  # else DVC cuts its table to 80
     main()

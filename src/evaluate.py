@@ -12,6 +12,7 @@ from pathlib import Path
 
 from finetune import augment, backbones, device, metrics, params, training
 from finetune.errors import run_stage
+from finetune.files import replaced
 from finetune.images import ImageStore
 
 import numpy as np
@@ -27,7 +28,7 @@ def main() -> None:
     tensors, about = backbones.read(Path("models/model.safetensors"))
     size = about["image_size"]
     model = backbones.build(about["model_name"], len(about["classes"]), size)
-    backbones.load_tensors(model, tensors)
+    model.load_state_dict(tensors)
     model.to(place)
     normalize = functools.partial(augment.normalize, mean=about["mean"], std=about["std"])
 
@@ -47,7 +48,8 @@ def main() -> None:
         print(f"{split} ({len(indices)} pictures): {shown}")
 
     write_csv(OUTPUT / "predictions.csv", predictions)
-    (OUTPUT / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+    with replaced(OUTPUT / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def prediction_rows(split: str, paths: list[str], labels: np.ndarray, logits: np.ndarray, classes: list[str]):
@@ -74,9 +76,8 @@ def write_plots(logits: np.ndarray, labels: np.ndarray, classes: list[str]) -> N
 
 def write_csv(path: Path, rows: list[dict]) -> None:
     """Write the rows, which all have the first one's keys, under a header line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
+    with replaced(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

@@ -54,7 +54,7 @@ def check_skipped(dataset: datasets.Dataset, shards: images.Shards, max_skipped:
         first = datasets.listing([f"{path} ({reason})" for path, reason in skipped], limit=3)
         raise UserError(
             f"{len(skipped):,} of {files:,} files ({share:.1%}) are unreadable, more than data.max_skipped = "
-            f"{max_skipped:g} allows:\n{first}\n"
+            f"{max_skipped:g} allows: {first}.\n"
             f"Mend or remove them, or set -S data.max_skipped={math.ceil(share * 100) / 100:g}"
         )
     for path, reason in skipped[:SHOWN]:

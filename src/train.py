@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from finetune import augment, backbones, checkpoint, device, metrics, params, training
-from finetune.datasets import check_num_classes
+from finetune.datasets import check_num_classes, listing
 from finetune.errors import run_stage
 from finetune.images import ImageStore
 
@@ -56,6 +56,8 @@ def main() -> None:
                     loss, acc = training.train_epoch(model, optimizer, batches, normalize, bar)
                 except FloatingPointError as error:
                     raise training.diverged(epoch, error.args[0], settings.lr, settings.momentum) from None
+                except (torch.OutOfMemoryError, ValueError) as error:  # the latter from batch norm
+                    raise training.batch_does_not_fit(error, settings.batch_size, size) from None
 
             logits = training.predict(model, training.plain_batches(store, "val", size), normalize)
             labels = store.labels[store.indices("val")]
@@ -76,7 +78,7 @@ def main() -> None:
             checkpoint.save(Path("models/checkpoint.pt"), model, optimizer, history)
             log(live, row, settings.num_epochs)
 
-    about = {
+    about_model = {
         "model_name": about["model_name"],
         "classes": store.classes,
         "image_size": size,
@@ -84,7 +86,7 @@ def main() -> None:
         "mean": about["mean"],
         "std": about["std"],
     }
-    backbones.write(Path("models/model.safetensors"), model.state_dict(), about)
+    backbones.write(Path("models/model.safetensors"), model.state_dict(), about_model)
 
 
 def choose_trainable(model: torch.nn.Module, missing: list[str], trainable: str) -> None:
@@ -94,7 +96,7 @@ def choose_trainable(model: torch.nn.Module, missing: list[str], trainable: str)
     backbones.freeze(model, chosen)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    what = "all layers" if trainable == "all" else ", ".join(chosen)
+    what = "all layers" if count == total else listing(chosen)
     print(f"training {count:,} of {total:,} parameters: {what}")
 
 

@@ -379,7 +379,7 @@ def test_a_damaged_archive_in_the_cache_is_fetched_anew(room):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sha256": "0" * 64}, "pictures.zip has sha256\n{sha256}, expected\n0000"),
+        ({"sha256": "0" * 64}, "pictures.zip has changed: its sha256 is {sha256}, expected 0000"),
         ({"bytes": 1000}, "bytes or more, expected 1,000"),
         ({"bytes": 10**9}, "bytes or more, expected 1,000,000,000"),
         ({"url": "http://127.0.0.1:9/pictures.zip"}, "can't fetch http://127.0.0.1:9/pictures.zip: .*refused"),
@@ -396,7 +396,7 @@ def test_what_is_fetched_is_verified_or_not_kept(changes, message, room):
 
 
 def test_other_contents_than_the_recipe_says_are_an_error(room):
-    with pytest.raises(UserError, match=f"digest is\n{room.recipe['digest']}, expected\n0000"):
+    with pytest.raises(UserError, match=f"digest {room.recipe['digest']}, expected 0000"):
         room.load(str(room.folder / "again.tar"), digest="0" * 64)
 
 

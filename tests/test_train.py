@@ -5,8 +5,10 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
-from finetune import backbones, checkpoint
+from finetune import augment, backbones, checkpoint
+from finetune.images import ImageStore
 from helpers import ROOT, make_pictures, run, write_params
 
 import pytest
@@ -145,6 +147,35 @@ def test_two_runs_of_one_seed_are_equal_to_the_bit_and_another_seed_is_not(train
     assert (fresh / "models/model.safetensors").read_bytes() != (folder / "models/model.safetensors").read_bytes()
 
 
+def test_training_equals_a_loop_written_out(trained):
+    folder, _ = trained
+    store = ImageStore(folder / "data/prepared")
+    indices = store.indices("train")
+    torch.manual_seed(0)
+    model = torchvision.models.squeezenet1_1(num_classes=2)
+    model.classifier[2] = torch.nn.Identity()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.09)
+    for epoch in range(2):
+        draws = augment.epoch_draws(0, epoch, len(indices))
+        boxes = augment.random_resized_crops(draws[:, :-1], store.heights[indices], store.widths[indices], 0.25)
+        torch.manual_seed(augment.dropout_seed(0, epoch))
+        model.train()
+        order = augment.epoch_order(0, epoch, 13)
+        for part in order[:8], order[8:]:
+            pictures = augment.crop_resize([store[indices[i]] for i in part], boxes[part], 32)
+            pictures = augment.horizontal_flip(pictures, draws[part, -1])
+            pictures = augment.normalize(pictures, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+            loss = torch.nn.functional.cross_entropy(model(pictures), torch.from_numpy(store.labels[indices[part]]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    result = load_file(folder / "models/model.safetensors")
+    start = torchvision.models.squeezenet1_1(num_classes=2).state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(result[name], tensor, rtol=0, atol=1e-6)
+        assert result[name].shape == start[name].shape
+
+
 @pytest.mark.parametrize("trainable", ["head", "all"])
 def test_pretrained_layers_are_frozen_or_fine_tuned_and_layers_without_weights_always_train(fresh, trainable):
     state = torchvision.models.squeezenet1_1(num_classes=10).state_dict()
@@ -156,7 +187,7 @@ def test_pretrained_layers_are_frozen_or_fine_tuned_and_layers_without_weights_a
     printed = stage("backbone.py", fresh)
     assert "3 layers have none and will train: features.12.squeeze, features.12.expand1x1" in printed
     tensors, about = backbones.read(fresh / "models/backbone.safetensors")
-    assert len(about["sha256"]) == 64
+    assert about["digest"] == backbones.digest(tensors)
     assert tensors.keys() == {name for name in state if not name.startswith("classifier")}
     stage("train.py", fresh)
     model = load_file(fresh / "models/model.safetensors")
@@ -202,6 +233,42 @@ def test_weights_dir_is_looked_in_first(fresh, tmp_path):
     write_params(fresh, **TINY | {"backbone__weights": "imagenet"})
     printed = stage("backbone.py", fresh, WEIGHTS_DIR="..", **PROXY)  # relative to where the user stands
     assert "722,496 pretrained parameters from squeezenet1_1.pth" in printed
+
+
+def test_the_same_weights_are_the_same_bytes_wherever_they_were_found(fresh, tmp_path):
+    state = torchvision.models.squeezenet1_1().state_dict()
+    written = []
+    for name, weights in (("squeezenet1_1.pth", "imagenet"), ("mine.pth", "mine.pth")):
+        torch.save(state, tmp_path / name)
+        (fresh / "weights").mkdir(exist_ok=True)
+        torch.save({"state_dict": state}, fresh / "weights/mine.pth")
+        write_params(fresh, **TINY | {"backbone__weights": weights})
+        stage("backbone.py", fresh, WEIGHTS_DIR="..", **PROXY)
+        written.append((fresh / "models/backbone.safetensors").read_bytes())
+    assert written[0] == written[1]
+
+
+def test_a_file_that_is_no_state_dict_is_refused(fresh):
+    (fresh / "weights").mkdir()
+    write_params(fresh, **TINY | {"backbone__weights": "mine.pth"})
+    for content, words in ((torch.zeros(3), "holds no state dict"), ({}, "none of the weights' tensors")):
+        torch.save(content, fresh / "weights/mine.pth")
+        assert words in refused("backbone.py", fresh)
+
+
+def test_files_of_dvcs_cache_are_not_written_through(trained):
+    folder, _ = trained
+    names = ("results/evaluate/predictions.csv", "results/evaluate/metrics.json", "models/model.safetensors")
+    linked = {name: folder / f"linked-{Path(name).name}" for name in names}
+    for name, link in linked.items():
+        link.hardlink_to(folder / name)
+    before = {name: link.read_bytes() for name, link in linked.items()}
+    shutil.copytree(folder, folder.parent / "seed1", copy_function=lambda a, b: Path(b).hardlink_to(a))
+    write_params(folder.parent / "seed1", **TINY, seed=1)
+    stage("train.py", folder.parent / "seed1")
+    stage("evaluate.py", folder.parent / "seed1")
+    assert {name: link.read_bytes() for name, link in linked.items()} == before
+    assert (folder.parent / "seed1/models/model.safetensors").read_bytes() != before["models/model.safetensors"]
 
 
 def test_weights_that_lack_say_where_to_put_them(fresh):

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from finetune import checkpoint, training
+from finetune import augment, checkpoint, training
 
 import numpy as np
 import pytest
@@ -51,6 +51,15 @@ def test_a_picture_looks_the_same_whatever_the_batch_size(store):
     assert all(torch.equal(small[label], large[label]) for label in small)
 
 
+def test_each_picture_is_augmented_by_the_row_of_its_own_index(store):
+    draws = augment.epoch_draws(1, 2, 11)
+    boxes = augment.random_resized_crops(draws[:, :-1], store.heights, store.widths, 0.25)
+    batches = training.training_batches(store, seed=1, epoch=2, batch_size=4, image_size=SIZE, min_scale=0.25)
+    for label, picture in by_label(batches).items():
+        expected = augment.crop_resize([store[label]], boxes[label : label + 1], SIZE)[0]
+        assert torch.equal(picture, expected.flip(-1) if draws[label, -1] < 0.5 else expected)
+
+
 def test_epochs_and_seeds_differ_in_order_and_augmentation(store):
     def epoch(seed, epoch):
         pictures, labels = next(
@@ -69,10 +78,31 @@ def test_loss_and_accuracy_are_means_over_pictures_not_batches():
     torch.nn.init.zeros_(model.weight)  # logits 0 0: loss log 2, prediction class 0
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     batches = [(torch.ones(3, 2), np.array([0, 0, 0])), (torch.ones(1, 2), np.array([1]))]
-    bar = SimpleNamespace(update=lambda: None, disable=True, set_postfix=lambda *a, **k: None)
+    bar = SimpleNamespace(update=lambda: False, disable=True, set_postfix=lambda *a, **k: None)
     loss, acc = training.train_epoch(model, optimizer, batches, lambda x: x, bar)
     assert loss == pytest.approx(np.log(2))
     assert acc == 0.75
+
+
+def test_a_loss_that_is_no_number_tells_its_step():
+    model = torch.nn.Linear(1, 2)
+    batches = [(torch.full((1, 1), value), np.array([0])) for value in (1.0, 2.0, float("nan"), 3.0)]
+    bar = SimpleNamespace(update=lambda: False, disable=True, set_postfix=lambda *a, **k: None)
+    with pytest.raises(FloatingPointError) as error:
+        training.train_epoch(model, torch.optim.SGD(model.parameters(), lr=0.1), batches, lambda x: x, bar)
+    assert error.value.args == (2,)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "smaller batch_size (now 64)"),
+        (ValueError("Expected more than 1 value per channel when training"), "batch_size (now 64) to 2 or more"),
+        (ValueError("something else"), "something else"),
+    ],
+)
+def test_a_batch_that_does_not_fit_says_what_to_set(error, words):
+    assert words in str(training.batch_does_not_fit(error, 64, 224))
 
 
 def test_a_checkpoint_is_whole_or_the_one_before(tmp_path, monkeypatch):
@@ -89,9 +119,10 @@ def test_a_checkpoint_is_whole_or_the_one_before(tmp_path, monkeypatch):
     assert torch.equal(state["optimizer"]["state"][0]["momentum_buffer"], torch.ones(2, 2))
 
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise RuntimeError("unexpected pos")  # what torch says where the disk is full
 
     monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
     with pytest.raises(OSError, match="No space"):
         checkpoint.save(path, model, optimizer, [{"step": 1, "loss": 0.5}])
     assert path.read_bytes() == before

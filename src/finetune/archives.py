@@ -30,10 +30,7 @@ MAX_GROWTH = 100  # times the archive's size
 MAX_TOTAL = 2**30  # bytes that a small archive may grow to nevertheless
 MAX_MEMBERS = 10**7
 
-WAYS_OUT = (
-    "Set DATA_ARCHIVE=<path or URL of the archive>, or try the pipeline without it, on drawn pictures:\n"
-    "-S data.source=data/sample.yaml"
-)
+WAYS_OUT = "Set DATA_ARCHIVE=<path or URL of the archive>, or try drawn pictures: -S data.source=data/sample.yaml"
 
 
 def fetch(url: str, target: Path, size: int | None = None, sha256: str | None = None) -> None:
@@ -52,7 +49,7 @@ def fetch(url: str, target: Path, size: int | None = None, sha256: str | None = 
         if size and received != size:
             raise UserError(f"{url} sent {received:,} bytes or more, expected {size:,}.\n{WAYS_OUT}")
         if sha256 and digest != sha256:
-            raise UserError(f"{url} has sha256\n{digest}, expected\n{sha256}: the file has changed.\n{WAYS_OUT}")
+            raise UserError(f"{url} has changed: its sha256 is {digest}, expected {sha256}.\n{WAYS_OUT}")
         partial.replace(target)
     except (OSError, HTTPException, ValueError) as error:
         if disk_is_full(error):

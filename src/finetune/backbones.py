@@ -1,12 +1,15 @@
 """Pretrained networks by name: built for a number of classes, filled with weights, partly frozen."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from http.client import HTTPException
 from pathlib import Path
+from pickle import UnpicklingError
 
 from finetune.errors import UserError, nearest
-from finetune.files import sha256_of
+from finetune.files import replaced, sha256_of
 
 import torch
 import torchvision
@@ -84,7 +87,7 @@ def download_official(model_name: str, progress: bool) -> Mapping[str, Tensor]:
     """Return torchvision's default ImageNet weights, downloaded once per machine, digest checked. Raises UserError."""
     try:
         return _official(model_name).get_state_dict(progress=progress, check_hash=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, HTTPException, UnpicklingError) as error:
         raise UserError(
             f"could not download {_official(model_name).url} ({_first_line(error)}).\n"
             f"Set WEIGHTS_DIR=<folder with {official_file(model_name)} or {canonical_name(model_name)}.pth>, "
@@ -103,13 +106,15 @@ def read_file(path: Path) -> Mapping[str, Tensor]:
             f"{path} is damaged: its sha256 does not begin with {digest[1]}, as its name says. Get it again."
         )
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        is_safe = path.suffix == ".safetensors"
+        state = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # the readers raise a dozen types for a file that is none of theirs
         raise UserError(f"{path} holds no weights that can be read safely: {_first_line(error)}") from None
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise UserError(f"{path} holds no state dict, that is a mapping from names to tensors.")
+    return state
 
 
 def fitting_tensors(model: nn.Module, state: Mapping) -> dict[str, Tensor]:
@@ -134,6 +139,15 @@ def fitting_tensors(model: nn.Module, state: Mapping) -> dict[str, Tensor]:
             shapes = f"{tuple(tensor.shape)}, and {tuple(wanted[name].shape)} in the model"
             raise UserError(f"the weights do not fit: {name} is {shapes}. Is it the right model_name?")
     return fitting
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of the tensors' names, shapes and values: the same wherever they were read from."""
+    result = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        result.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        result.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return result.hexdigest()
 
 
 def missing_layers(model: nn.Module, tensors: Iterable[str]) -> list[str]:
@@ -166,10 +180,10 @@ def normalization(model_name: str, weights: str) -> tuple[list[float], list[floa
 
 def write(path: Path, tensors: Mapping[str, Tensor], about: dict) -> None:
     """Write tensors, and what is to be known about them, as a .safetensors file; the same content as the same bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     # In one string: safetensors writes the entries of its metadata in an order that differs from run to run.
     metadata = {"about": json.dumps(about, sort_keys=True)}
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    with replaced(path) as temporary:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:

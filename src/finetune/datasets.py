@@ -87,7 +87,7 @@ def with_val(dataset: Dataset, val_fraction: float, split_seed: int) -> Dataset:
 
 def is_hidden(name: str) -> bool:
     """Tell whether a file or folder is the system's rather than the user's."""
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
 def data_root(folder: Path) -> Path:

@@ -1,13 +1,39 @@
-"""Files that the user named, found from where the user stands; and what identifies a file."""
+"""Files: written whole or not at all, identified by their digest, found from where the user stands."""
 
+import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from finetune.errors import UserError
 
 import psutil
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; what is written there replaces `path` at the end, or nothing does.
+
+    So `path` is whole at any moment, and a link into DVC's cache is replaced rather than written through. Raises
+    OSError with ENOSPC for a full disk, whatever the writer raised.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except Exception as error:
+        written = temporary.stat().st_size if temporary.exists() else 0
+        if shutil.disk_usage(path.parent).free < max(written, 2**20):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:

@@ -41,7 +41,7 @@ class ImageStore:
     """The store in a folder: `store[i]` is picture i, [height, width, 3] uint8, a read-only view of the file.
 
     `manifest` is manifest.json; `classes` are the names that `labels` count; `paths`, `splits`, `labels`, `heights`
-    and `widths` (px) have an entry a picture. Raises UserError where the store is missing or damaged.
+    and `widths` (px) have an entry a picture. Raises UserError where a file is missing or has not its size.
     """
 
     def __init__(self, folder: str | Path):

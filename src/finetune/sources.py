@@ -116,8 +116,8 @@ def _read_verified(archive: Path, recipe: ArchiveRecipe, name: str, scratch: Pat
     dataset = datasets.read(_folder_of(archive, scratch), str(archive), recipe.exclude)
     if dataset.digest != recipe.digest and not (archive.is_file() and sha256_of(archive) == recipe.sha256):
         raise UserError(
-            f"{archive} has other pictures than {name} says: their digest is\n{dataset.digest}, expected\n"
-            f"{recipe.digest}.\nTake another archive, or correct the recipe if these are the pictures you mean."
+            f"{archive} has other pictures than {name} says: digest {dataset.digest}, expected {recipe.digest}.\n"
+            "Take another archive, or correct the recipe if these are the pictures you mean."
         )
     return dataset
 

@@ -58,10 +58,18 @@ def train_epoch(
 ) -> tuple[float, float]:
     """Train on each batch once; return mean loss (nats) and accuracy over the pictures, as seen while training.
 
-    Raises FloatingPointError with the step (from 0) at which the loss was not a number any more.
+    Raises FloatingPointError with the step (from 0) from which on the loss was not a number.
     """
     device = next(model.parameters()).device
-    losses, hits, counts = [], [], []  # kept on the device: asking for a number would wait for it at every step
+    # Sums stay on the device: asking for their values would wait for it at every step.
+    loss_sum, hits, finite_steps = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
+    count = 0
+
+    def means() -> dict[str, float]:
+        if not loss_sum.isfinite():  # and never again
+            raise FloatingPointError(int(finite_steps))
+        return {"loss": float(loss_sum) / count, "acc": float(hits) / count}
+
     for pictures, labels in batches:
         labels = torch.from_numpy(labels).to(device)
         logits = model(normalize(pictures.to(device)))
@@ -69,18 +77,15 @@ def train_epoch(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.detach())
-        hits.append((logits.detach().argmax(1) == labels).sum())
-        counts.append(len(labels))
-        bar.update()
-        if not bar.disable and bar.n == bar.last_print_n:  # only when the bar was drawn
-            bar.set_postfix(_means(losses, hits, counts), refresh=False)
-    finite = torch.stack(losses).isfinite().tolist()
-    if not all(finite):
-        raise FloatingPointError(finite.index(False))
-    means = _means(losses, hits, counts)
-    bar.set_postfix(means, refresh=True)
-    return means["loss"], means["acc"]
+        count += len(labels)
+        loss_sum += loss.detach() * len(labels)
+        hits += (logits.detach().argmax(1) == labels).sum()
+        finite_steps += loss_sum.isfinite()
+        if bar.update():  # it was drawn
+            bar.set_postfix(means(), refresh=False)
+    result = means()
+    bar.set_postfix(result)
+    return result["loss"], result["acc"]
 
 
 @torch.no_grad()
@@ -100,8 +105,16 @@ def diverged(epoch: int, step: int | None, lr: float, momentum: float) -> UserEr
     )
 
 
-def _means(losses: list[Tensor], hits: list[Tensor], counts: list[int]) -> dict[str, float]:
-    weights = torch.tensor(counts, device=losses[0].device)
-    total = sum(counts)
-    loss = float((torch.stack(losses).double() * weights).sum() / total)
-    return {"loss": loss, "acc": int(torch.stack(hits).sum()) / total}
+def batch_does_not_fit(error: Exception, batch_size: int, image_size: int) -> Exception:
+    """Return the error for a batch that the device's memory or the network's batch norm can't take."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return UserError(
+            "the device's memory is full: " + str(error).partition("\n")[0][:150] + "\n"
+            f"Try a smaller batch_size (now {batch_size}) or data.image_size (now {image_size})."
+        )
+    if "Expected more than 1 value per channel" in str(error):
+        return UserError(
+            f"batch norm can't train on single values: set batch_size (now {batch_size}) to 2 or more,\n"
+            f"or a larger data.image_size (now {image_size})."
+        )
+    return error
