@@ -191,7 +191,12 @@ def test_an_interrupted_run_leaves_the_store_as_it_was(project, kill):
     before = contents(project / "data/prepared")
     make_pictures(project / "data/pictures", {"ants": 400})
     write_params(project, data__source="data/pictures", data__resize=1000)
-    process = subprocess.Popen([sys.executable, ROOT / "src/prepare.py"], cwd=project, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "src/prepare.py"],
+        cwd=project,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a test run in the background ignores it
+    )
     while not (project / "data/prepared.tmp/store/shard-000.bin").exists():
         assert process.poll() is None
         time.sleep(0.01)
