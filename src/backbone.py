@@ -12,8 +12,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from finetune import backbones, device, params
-from finetune.errors import UserError, run_stage
+from finetune import backbones, device, params, stage
+from finetune.errors import UserError
 from finetune.files import resolve_user_path
 
 OUTPUT = Path("models/backbone.safetensors")
@@ -31,7 +31,7 @@ def main() -> None:
         tensors = backbones.fitting_tensors(model, state)
     missing = backbones.missing_layers(model, tensors)
     mean, std = backbones.normalization(name, weights)
-    about = {"model_name": name, "missing": missing, "mean": mean, "std": std, "digest": backbones.digest(tensors)}
+    about = {"model_name": name, "missing": missing, "mean": mean, "std": std}
     backbones.write(OUTPUT, tensors, about)
 
     count = sum(tensor.numel() for tensor in tensors.values())
@@ -58,4 +58,4 @@ def find_weights(name: str, weights: str, folder: str | None) -> tuple[Mapping, 
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    stage.run(main)

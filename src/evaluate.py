@@ -10,8 +10,7 @@ import functools
 import json
 from pathlib import Path
 
-from finetune import augment, backbones, device, metrics, params, training
-from finetune.errors import run_stage
+from finetune import augment, backbones, device, metrics, params, stage, training
 from finetune.files import replaced
 from finetune.images import ImageStore
 
@@ -83,4 +82,4 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    stage.run(main)

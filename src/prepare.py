@@ -14,8 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from finetune import datasets, decoding, images, params, sources
-from finetune.errors import UserError, run_stage
+from finetune import datasets, decoding, images, params, sources, stage
+from finetune.errors import UserError
 
 from platformdirs import user_cache_dir
 
@@ -80,4 +80,4 @@ def report(manifest: dict, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    stage.run(main)

@@ -2,89 +2,78 @@
 
     dvc exp run -S lr=0.025 -S momentum=0.5 -S num_epochs=2
     dvc exp run -S backbone.trainable=all        # full fine-tuning
+    dvc exp run -S resume=last -S lr=0.0001      # train on top of the workspace's checkpoint
 
-Each epoch is logged to results/train/ (DVCLive) and saved to models/checkpoint.pt; the last one's weights become
-models/model.safetensors.
+Each epoch is logged to results/train/ (DVCLive) and saved to the store of checkpoints. A run that was killed goes on
+from there, and one that is finished there is not trained again. At the end its checkpoint becomes
+models/checkpoint.pt, and its weights models/model.safetensors.
 """
 
 import functools
+import os
+import signal
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from finetune import augment, backbones, checkpoint, device, metrics, params, training
+from finetune import augment, backbones, checkpoint, device, lineage, metrics, optim, params, runs, stage, training
 from finetune.datasets import check_num_classes, listing
-from finetune.errors import run_stage
 from finetune.images import ImageStore
 
 import torch
 from dvclive import Live
 from tqdm import tqdm
 
+Stopped = Callable[[], signal.Signals | None]
+
 
 def main() -> None:
-    start = time.perf_counter()
+    started = time.perf_counter()
     settings = params.load()
     store = ImageStore("data/prepared")
     check_num_classes(settings.num_classes, store.classes, store.manifest["source"])
     device.make_deterministic()
     device.keep_freed_memory()
     place = device.choose(settings.device)
+    pretrained, backbone = backbones.read(Path("models/backbone.safetensors"))
+    parent, origin = lineage.find(settings.resume, backbone["model_name"], store.classes), None
+    if parent:
+        origin = {"run": parent[1]["run"], "epochs": len(parent[1]["history"])}
 
     torch.manual_seed(settings.seed)  # of the layers without pretrained weights
     model = backbones.build(settings.model_name, settings.num_classes, settings.data.image_size)
-    pretrained, about = backbones.read(Path("models/backbone.safetensors"))
     backbones.load_tensors(model, pretrained)
-    choose_trainable(model, about["missing"], settings.backbone.trainable)
+    choose_trainable(model, backbone["missing"], settings.backbone.trainable)
     model.to(place)
+    optimizer = optim.optimizer(model, settings.lr, settings.momentum)
+    schedule = optim.schedule(optimizer, settings.schedule, settings.num_epochs)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    kept = trained | {name for name, _ in model.named_buffers()}
+    session = checkpoint.Session(model, optimizer, schedule, kept, started=started)
+    if parent:
+        session.inherit(parent[1])
+    epochs = len(session.history) + settings.num_epochs
 
-    normalize = functools.partial(augment.normalize, mean=about["mean"], std=about["std"])
-    size = settings.data.image_size
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=settings.lr, momentum=settings.momentum, fused=True)
-
-    history: list[dict] = []
-    with Live("results/train", dvcyaml=None, save_dvc_exp=False) as live:
-        for epoch in range(settings.num_epochs):
-            torch.manual_seed(augment.dropout_seed(settings.seed, epoch))
-            backbones.train_mode(model)
-            batches = training.training_batches(
-                store, settings.seed, epoch, settings.batch_size, size, settings.augment.min_scale
-            )
-            steps = len(training.slices(len(store.indices("train")), settings.batch_size))
-            with tqdm(total=steps, desc=f"epoch {epoch + 1}/{settings.num_epochs}", disable=None) as bar:
-                try:
-                    loss, acc = training.train_epoch(model, optimizer, batches, normalize, bar)
-                except FloatingPointError as error:
-                    raise training.diverged(epoch, error.args[0], settings.lr, settings.momentum) from None
-                except (torch.OutOfMemoryError, ValueError) as error:  # the latter from batch norm
-                    raise training.batch_does_not_fit(error, settings.batch_size, size) from None
-
-            logits = training.predict(model, training.plain_batches(store, "val", size), normalize)
-            labels = store.labels[store.indices("val")]
-            val_loss = float(metrics.cross_entropy(logits, labels).mean())
-            if not val_loss < float("inf"):
-                raise training.diverged(epoch, None, settings.lr, settings.momentum)
-
-            row = {
-                "step": epoch,
-                "acc": acc,
-                "loss": loss,
-                "training_time": time.perf_counter() - start,  # seconds since the run began
-                "val_acc": metrics.accuracy(logits, labels),
-                "val_loss": val_loss,
-                "lr": optimizer.param_groups[0]["lr"],
-            }
-            history.append(row)
-            checkpoint.save(Path("models/checkpoint.pt"), model, optimizer, history)
-            log(live, row, settings.num_epochs)
-
-    about_model = {
-        "model_name": about["model_name"],
+    identity = runs.identity(settings, store.manifest["files"], store.classes, backbone, place.type, origin)
+    run = runs.Run(runs.store_folder(), runs.run_id(identity))
+    about = {"run": run.name, "experiment": os.environ.get("DVC_EXP_NAME"), "model_name": backbone["model_name"]}
+    with run.held(about | {"parent": parent and parent[0], "identity": identity}):
+        if settings.resume == "never":
+            run.forget()
+        go_on(session, run, epochs)
+        writer = checkpoint.Writer(run, about | {"classes": store.classes}, settings.checkpoint_store_gb * 1e9)
+        with Live("results/train", dvcyaml=None, save_dvc_exp=False) as live:
+            if parent:
+                live.summary["continues"] = parent[0]
+            for row in session.history:
+                log(live, row)
+            with stage.deferred_signals() as stopped:
+                train(session, settings, store, backbone, epochs, writer, live, stopped)
+        checkpoint.place(run.finish(epochs), Path("models/checkpoint.pt"))
+    about_model = {name: backbone[name] for name in ("model_name", "mean", "std")} | {
         "classes": store.classes,
-        "image_size": size,
+        "image_size": settings.data.image_size,
         "resize": store.manifest["resize"],
-        "mean": about["mean"],
-        "std": about["std"],
     }
     backbones.write(Path("models/model.safetensors"), model.state_dict(), about_model)
 
@@ -100,19 +89,114 @@ def choose_trainable(model: torch.nn.Module, missing: list[str], trainable: str)
     print(f"training {count:,} of {total:,} parameters: {what}")
 
 
-def log(live: Live, row: dict, num_epochs: int) -> None:
-    """Log an epoch to DVCLive, and on the screen."""
+def go_on(session: checkpoint.Session, run: runs.Run, epochs: int) -> None:
+    """Take the run up where the store has it, and say so."""
+    found = checkpoint.newest(run, epochs)
+    if not found:
+        return
+    state, path = found
+    session.restore(state)
+    done = len(session.history)
+    if done == epochs:
+        print(f"this run is finished, nothing to train: {path}")
+    else:
+        print(f"going on after {done} epochs and {checkpoint.steps(state)} steps: {path}")
+
+
+def train(
+    session: checkpoint.Session,
+    settings: params.Params,
+    store: ImageStore,
+    backbone: dict,
+    epochs: int,
+    writer: checkpoint.Writer,
+    live: Live,
+    stopped: Stopped,
+) -> None:
+    """Train the session's model until it has `epochs` epochs; log and save each. Raises UserError, Interrupted."""
+    model, optimizer, run = session.model, session.optimizer, writer.run
+    place, size = next(model.parameters()).device, settings.data.image_size
+    normalize = functools.partial(augment.normalize, mean=backbone["mean"], std=backbone["std"])
+    steps = len(training.slices(len(store.indices("train")), settings.batch_size))
+    labels = store.labels[store.indices("val")]
+    saved = time.monotonic()
+
+    def watched(batches: Iterator[training.Batch], sums: training.Sums) -> Iterator[training.Batch]:
+        """Yield the batches; between them, save when it is time to, and stop when asked to."""
+        nonlocal saved
+        for batch in batches:
+            signal_ = stopped()
+            if sums.steps and (signal_ or time.monotonic() - saved > 60 * settings.checkpoint_minutes):
+                session.sums = sums.values()
+                writer.save(session)
+                saved = time.monotonic()
+            if signal_:
+                writer.wait()
+                raise stage.Interrupted(
+                    signal_,
+                    f"stopped in epoch {len(session.history) + 1} of {epochs} after {sums.steps} of {steps} steps, "
+                    "all of them saved.\nThe same command goes on from there (a queued experiment: queue it again).",
+                )
+            yield batch
+
+    def diverged(where: str) -> Exception:
+        kept = run.checkpoints()
+        last = f"The last good checkpoint is kept: {kept[-1].path}" if kept else "No epoch was complete."
+        return training.diverged(where, settings.lr, settings.momentum, last)
+
+    while len(session.history) < epochs:
+        epoch = len(session.history)
+        sums = training.Sums(place, session.sums)
+        backbones.train_mode(model)
+        batches = training.training_batches(
+            store, settings.seed, epoch, settings.batch_size, size, settings.augment.min_scale, first=sums.steps
+        )
+        try:
+            with tqdm(total=steps, initial=sums.steps, desc=f"epoch {epoch + 1}/{epochs}", disable=None) as bar:
+                training.train_epoch(model, optimizer, watched(batches, sums), normalize, sums, bar)
+            batches = watched(training.plain_batches(store, "val", size), sums)
+            logits = training.predict(model, batches, normalize)
+        except FloatingPointError as error:
+            raise diverged(f"epoch {epoch}, step {error.args[0]}" if error.args else f"epoch {epoch}") from None
+        except (torch.OutOfMemoryError, ValueError) as error:  # the latter from batch norm
+            raise training.batch_does_not_fit(error, settings.batch_size, size) from None
+        val_loss = float(metrics.cross_entropy(logits, labels).mean())
+        if not val_loss < float("inf"):
+            raise diverged(f"the validation after epoch {epoch}")
+
+        means = sums.means()
+        row = {
+            "step": epoch,
+            "acc": means["acc"],
+            "loss": means["loss"],
+            "training_time": session.elapsed(),  # seconds, since the run began
+            "val_acc": metrics.accuracy(logits, labels),
+            "val_loss": val_loss,
+            "lr": optimizer.param_groups[0]["lr"],
+        }
+        session.history = [*session.history, row]
+        session.sums = {}
+        optim.step(session.schedule, val_loss)
+        writer.save(session)
+        saved = time.monotonic()
+        log(live, row)
+        tqdm.write(
+            f"epoch {epoch + 1}/{epochs}: loss {row['loss']:.4f}  acc {row['acc']:.4f}  "
+            f"val_loss {row['val_loss']:.4f}  val_acc {row['val_acc']:.4f}  {row['training_time']:.1f} s"
+        )
+    writer.wait()
+
+
+def log(live: Live, row: dict) -> None:
+    """Log an epoch to DVCLive."""
+    live.step = row["step"]
     for name, value in row.items():
         if name != "step":
             live.log_metric(name, value)
     # A curve alone: as a metric, it would have `dvc exp show` rename the column of the parameter.
     del live.summary["lr"]
-    live.next_step()
-    tqdm.write(
-        f"epoch {row['step'] + 1}/{num_epochs}: loss {row['loss']:.4f}  acc {row['acc']:.4f}  "
-        f"val_loss {row['val_loss']:.4f}  val_acc {row['val_acc']:.4f}  {row['training_time']:.1f} s"
-    )
+    live.make_summary()
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    stage.run(main)

@@ -31,9 +31,9 @@ def epoch_draws(seed: int, epoch: int, count: int) -> np.ndarray:
     return generator(seed, epoch, AUGMENTATION).random((count, DRAWS))
 
 
-def dropout_seed(seed: int, epoch: int) -> int:
-    """Return the seed of torch's own generator for the epoch (dropout)."""
-    return int(generator(seed, epoch, DROPOUT).integers(2**63))
+def dropout_seeds(seed: int, epoch: int, steps: int) -> list[int]:
+    """Return the seed of torch's own generator (dropout) for each step of the epoch; the first ones for fewer steps."""
+    return generator(seed, epoch, DROPOUT).integers(2**63, size=steps).tolist()
 
 
 def random_resized_crops(

@@ -1,6 +1,5 @@
 """Pretrained networks by name: built for a number of classes, filled with weights, partly frozen."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -8,6 +7,7 @@ from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
 
+from finetune.digests import digest
 from finetune.errors import UserError, nearest
 from finetune.files import replaced, sha256_of
 
@@ -100,10 +100,10 @@ def read_file(path: Path) -> Mapping[str, Tensor]:
 
     A file named as torchvision names its own (name-<start of sha256>.pth) must have that digest. Raises UserError.
     """
-    digest = re.search(r"-([0-9a-f]{8,})\.pth$", path.name)
-    if digest and not sha256_of(path).startswith(digest[1]):
+    named = re.search(r"-([0-9a-f]{8,})\.pth$", path.name)
+    if named and not sha256_of(path).startswith(named[1]):
         raise UserError(
-            f"{path} is damaged: its sha256 does not begin with {digest[1]}, as its name says. Get it again."
+            f"{path} is damaged: its sha256 does not begin with {named[1]}, as its name says. Get it again."
         )
     try:
         is_safe = path.suffix == ".safetensors"
@@ -141,15 +141,6 @@ def fitting_tensors(model: nn.Module, state: Mapping) -> dict[str, Tensor]:
     return fitting
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return the sha256 of the tensors' names, shapes and values: the same wherever they were read from."""
-    result = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        result.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        result.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    return result.hexdigest()
-
-
 def missing_layers(model: nn.Module, tensors: Iterable[str]) -> list[str]:
     """Return the layers, but for the head, that `tensors` do not cover whole."""
     present = set(tensors)
@@ -181,15 +172,27 @@ def normalization(model_name: str, weights: str) -> tuple[list[float], list[floa
 def write(path: Path, tensors: Mapping[str, Tensor], about: dict) -> None:
     """Write tensors, and what is to be known about them, as a .safetensors file; the same content as the same bytes."""
     # In one string: safetensors writes the entries of its metadata in an order that differs from run to run.
-    metadata = {"about": json.dumps(about, sort_keys=True)}
+    metadata = {"about": json.dumps(about | {"digest": digest([tensors, about])}, sort_keys=True)}
     with replaced(path) as temporary:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Return the tensors and the `about` of a file that `write` wrote."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["about"])  # noqa: SIM118
+    """Return the tensors and the `about` of a file that `write` wrote, with their `digest`.
+
+    Raises UserError where the tensors are not those that were written.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about = json.loads(file.metadata()["about"])
+    except OSError:
+        raise
+    except Exception as error:  # its reader's own types
+        raise _damaged(path, _first_line(error)) from None
+    if digest([tensors, {key: about[key] for key in about if key != "digest"}]) != about.get("digest"):
+        raise _damaged(path, "its digest is another")
+    return tensors, about
 
 
 # What trains ------------------------------------------------------------------------------------------------------
@@ -218,6 +221,10 @@ def train_mode(model: nn.Module) -> None:
 
 def _official(model_name: str):
     return torchvision.models.get_model_weights(canonical_name(model_name)).DEFAULT
+
+
+def _damaged(path: Path, problem: str) -> UserError:
+    return UserError(f"{path} is damaged ({problem}).\nRemove it, then run again: it is made anew.")
 
 
 def _first_line(error: Exception) -> str:

@@ -2,8 +2,7 @@
 
 import difflib
 import errno
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -21,17 +20,11 @@ def disk_is_full(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def run_stage(main: Callable[[], None]) -> None:
-    """Run `main`; end the process with status 1 and a short message where the user can mend what went wrong."""
-    sys.stdout.reconfigure(line_buffering=True)  # a queue's log is to grow while the stage works
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        if not disk_is_full(error):
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        sys.exit(f"error: the disk is full{where}.\nFree some space (`dvc gc --workspace` is one way), then run again.")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+def explained(error: OSError) -> UserError | None:
+    """Return what to tell of an error of the file system that the user can mend, or None."""
+    where = f" ({error.filename})" if error.filename else ""
+    if disk_is_full(error):
+        return UserError(f"the disk is full{where}.\nFree some space (`dvc gc -w` is one way), then run again.")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError(f"{error.strerror}{where}.\nMake it readable and writable for this user, then run again.")
+    return None

@@ -24,9 +24,10 @@ def replaced(path: Path) -> Iterator[Path]:
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        _sync_folder(path.parent)
     except Exception as error:
         written = temporary.stat().st_size if temporary.exists() else 0
         if shutil.disk_usage(path.parent).free < max(written, 2**20):
@@ -34,6 +35,16 @@ def replaced(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have a file's new name survive a power cut, where the system can open folders."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def sha256_of(path: Path) -> str:

@@ -41,7 +41,8 @@ class ImageStore:
     """The store in a folder: `store[i]` is picture i, [height, width, 3] uint8, a read-only view of the file.
 
     `manifest` is manifest.json; `classes` are the names that `labels` count; `paths`, `splits`, `labels`, `heights`
-    and `widths` (px) have an entry a picture. Raises UserError where a file is missing or has not its size.
+    and `widths` (px) have an entry a picture. Raises UserError where a file is not what was written: at once where one
+    is missing or has another size, and for another digest when its first picture is asked for.
     """
 
     def __init__(self, folder: str | Path):
@@ -73,6 +74,8 @@ class ImageStore:
         if shard not in self._mapped:
             with open(self.folder / shard, "rb") as file:
                 pixels = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if hashlib.sha256(pixels).hexdigest() != self.manifest["files"][shard]["sha256"]:
+                raise _damaged(self.folder / shard, "its digest is another")
             self._mapped[shard] = np.frombuffer(pixels, np.uint8)
         return self._mapped[shard]
 
@@ -92,6 +95,8 @@ class ImageStore:
             size = path.stat().st_size if path.exists() else 0
             if size != expected["bytes"]:
                 raise _damaged(path, f"has {size:,} bytes, not {expected['bytes']:,}")
+        if sha256_of(self.folder / "pictures.csv") != manifest["files"]["pictures.csv"]["sha256"]:
+            raise _damaged(self.folder / "pictures.csv", "its digest is another")
         return manifest
 
 

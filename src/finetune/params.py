@@ -57,6 +57,24 @@ class Augment(schema.Section):
     min_scale: Annotated[float, Field(gt=0, le=1)]
 
 
+class Schedule(schema.Section):
+    """The group `schedule`: how the learning rate changes from epoch to epoch."""
+
+    name: Literal["constant", "step", "plateau", "cosine"]
+    gamma: Annotated[float, Field(gt=0, lt=1)]
+    step_epochs: Annotated[int, Field(ge=1)]
+    patience: Annotated[int, Field(ge=0)]
+
+    def used(self) -> dict[str, str | float | int]:
+        """Return the settings that the schedule of this name follows."""
+        keys = {"step": ("gamma", "step_epochs"), "plateau": ("gamma", "patience")}.get(self.name, ())
+        return self.model_dump(include={"name", *keys})
+
+    def depends_on_num_epochs(self) -> bool:
+        """Tell whether an epoch's learning rate depends on how many are to come."""
+        return self.name == "cosine"
+
+
 class Params(schema.Section):
     """All settings of an experiment, as `params.yaml` holds them."""
 
@@ -71,6 +89,10 @@ class Params(schema.Section):
     data: Data
     backbone: Backbone
     augment: Augment
+    schedule: Schedule
+    resume: Annotated[str, Field(min_length=1)]
+    checkpoint_minutes: Annotated[float, Field(ge=0)]
+    checkpoint_store_gb: Annotated[float, Field(ge=0)]
 
 
 def load(path: str | Path = "params.yaml") -> Params:

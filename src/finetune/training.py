@@ -26,17 +26,25 @@ def slices(count: int, batch_size: int) -> list[slice]:
 
 
 def training_batches(
-    store: ImageStore, seed: int, epoch: int, batch_size: int, image_size: int, min_scale: float
+    store: ImageStore, seed: int, epoch: int, batch_size: int, image_size: int, min_scale: float, first: int = 0
 ) -> Iterator[Batch]:
-    """Yield the epoch's training pictures, shuffled and augmented: random resized crop and horizontal flip."""
+    """Yield the epoch's training pictures, shuffled and augmented: random resized crop and horizontal flip.
+
+    From the batch `first` on. Before each, torch's generator is seeded for its step, so a model's dropout follows from
+    (seed, epoch, step), too.
+    """
     indices = store.indices("train")
     draws = augment.epoch_draws(seed, epoch, len(indices))
     boxes = augment.random_resized_crops(draws[:, :-1], store.heights[indices], store.widths[indices], min_scale)
     order = augment.epoch_order(seed, epoch, len(indices))
-    for part in slices(len(indices), batch_size):
+    parts = slices(len(indices), batch_size)
+    dropout_seeds = augment.dropout_seeds(seed, epoch, len(parts))
+    for part, dropout_seed in list(zip(parts, dropout_seeds, strict=True))[first:]:
         chosen = order[part]
         pictures = augment.crop_resize([store[i] for i in indices[chosen]], boxes[chosen], image_size)
-        yield augment.horizontal_flip(pictures, draws[chosen, -1]), store.labels[indices[chosen]]
+        pictures = augment.horizontal_flip(pictures, draws[chosen, -1])
+        torch.manual_seed(dropout_seed)
+        yield pictures, store.labels[indices[chosen]]
 
 
 def plain_batches(store: ImageStore, split: str, image_size: int, batch_size: int = 64) -> Iterator[Batch]:
@@ -49,43 +57,59 @@ def plain_batches(store: ImageStore, split: str, image_size: int, batch_size: in
         yield pictures, store.labels[indices[part]]
 
 
+class Sums:
+    """Running sums over the pictures of an epoch. They stay on the device: asking for their values waits for it."""
+
+    def __init__(self, device: torch.device, start: dict[str, float]):
+        """Begin where `values` was, or at zero where `start` is empty."""
+        self.steps, self.count = int(start.get("steps", 0)), int(start.get("count", 0))
+        number = {"dtype": torch.float64, "device": device}
+        self.loss, self.hits = (torch.tensor(start.get(name, 0.0), **number) for name in ("loss", "hits"))
+        self.finite_steps = torch.tensor(float(self.steps), **number)
+
+    def add(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
+        """Take in a batch: logits [n, classes], labels [n], and their mean loss."""
+        self.steps += 1
+        self.count += len(labels)
+        self.loss += loss * len(labels)
+        self.hits += (logits.argmax(1) == labels).sum()
+        self.finite_steps += self.loss.isfinite()
+
+    def values(self) -> dict[str, float]:
+        """Return the sums. Raises FloatingPointError with the step from which on the loss was not a number."""
+        if not self.loss.isfinite():  # and never again
+            raise FloatingPointError(int(self.finite_steps))
+        return {"steps": self.steps, "count": self.count, "loss": float(self.loss), "hits": float(self.hits)}
+
+    def means(self) -> dict[str, float]:
+        """Return loss (nats) and accuracy a picture, as seen while training. Raises FloatingPointError as `values`."""
+        sums = self.values()
+        return {"loss": sums["loss"] / self.count, "acc": sums["hits"] / self.count}
+
+
 def train_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Iterable[Batch],
     normalize: Callable[[Tensor], Tensor],
+    sums: Sums,
     bar: tqdm,
-) -> tuple[float, float]:
-    """Train on each batch once; return mean loss (nats) and accuracy over the pictures, as seen while training.
+) -> None:
+    """Train on each batch once, and add what comes of it to `sums`.
 
-    Raises FloatingPointError with the step (from 0) from which on the loss was not a number.
+    Whenever `batches` is asked for the next one, the model, the optimizer and the sums have taken in the one before.
     """
-    device = next(model.parameters()).device
-    # Sums stay on the device: asking for their values would wait for it at every step.
-    loss_sum, hits, finite_steps = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
-    count = 0
-
-    def means() -> dict[str, float]:
-        if not loss_sum.isfinite():  # and never again
-            raise FloatingPointError(int(finite_steps))
-        return {"loss": float(loss_sum) / count, "acc": float(hits) / count}
-
     for pictures, labels in batches:
-        labels = torch.from_numpy(labels).to(device)
-        logits = model(normalize(pictures.to(device)))
+        labels = torch.from_numpy(labels).to(sums.loss.device)
+        logits = model(normalize(pictures.to(sums.loss.device)))
         loss = nn.functional.cross_entropy(logits, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        count += len(labels)
-        loss_sum += loss.detach() * len(labels)
-        hits += (logits.detach().argmax(1) == labels).sum()
-        finite_steps += loss_sum.isfinite()
+        sums.add(logits.detach(), labels, loss.detach())
         if bar.update():  # it was drawn
-            bar.set_postfix(means(), refresh=False)
-    result = means()
-    bar.set_postfix(result)
-    return result["loss"], result["acc"]
+            bar.set_postfix(sums.means(), refresh=False)
+    bar.set_postfix(sums.means())
 
 
 @torch.no_grad()
@@ -96,11 +120,10 @@ def predict(model: nn.Module, batches: Iterable[Batch], normalize: Callable[[Ten
     return torch.cat([model(normalize(pictures.to(device))).float().cpu() for pictures, _ in batches]).numpy()
 
 
-def diverged(epoch: int, step: int | None, lr: float, momentum: float) -> UserError:
-    """Return the error for a loss that is no number any more, with the settings to look at."""
-    where = f"epoch {epoch}, step {step}" if step is not None else f"the validation after epoch {epoch}"
+def diverged(where: str, lr: float, momentum: float, kept: str) -> UserError:
+    """Return the error for a loss that is no number any more, with the settings to look at and what is `kept`."""
     return UserError(
-        f"the loss became NaN or infinite in {where}: training diverged.\n"
+        f"the loss became NaN or infinite in {where}: training diverged. {kept}\n"
         f"Try a smaller lr (now {lr:g}) or momentum (now {momentum:g}), for instance -S lr={lr / 10:g}."
     )
 

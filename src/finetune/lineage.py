@@ -1,0 +1,85 @@
+"""The run that another trains on top of: `resume: last`, or the name of an experiment or revision."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from finetune import checkpoint
+from finetune.datasets import listing
+from finetune.errors import UserError, nearest
+
+from ruamel.yaml import YAML
+
+CHECKPOINT = Path("models/checkpoint.pt")
+
+
+def find(resume: str, model_name: str, classes: list[str]) -> tuple[str, dict[str, Any]] | None:
+    """Return the parent's name and its checkpoint, or None where `resume` names none.
+
+    `last` is the checkpoint in dvc.lock, the one of the last run that DVC has recorded in the workspace, or had when
+    the experiment was queued. Raises UserError where there is none, or it does not fit the model and the classes.
+    """
+    if resume in ("auto", "never"):
+        return None
+    if resume == "last":
+        if not _has_checkpoint(Path("dvc.lock")):
+            raise UserError("resume = last, but dvc.lock has no checkpoint yet: run once with resume=auto.")
+        state = _get(".", [], resume)
+        name = state["experiment"] or state["run"]
+    else:
+        root = os.environ.get("DVC_ROOT", ".")
+        _check_revision(root, resume)
+        state, name = _get(root, ["--rev", resume], resume), resume
+    theirs, ours = (state["model_name"], state["classes"]), (model_name, classes)
+    if theirs != ours:
+        raise UserError(
+            f"resume = {resume}: that checkpoint is of {theirs[0]} ({listing(theirs[1])}), and these settings are of "
+            f"{ours[0]} ({listing(ours[1])}).\nSet model_name and data as they were, or resume=auto to begin anew."
+        )
+    return name, state
+
+
+def _get(repository: str, revision: list[str], resume: str) -> dict[str, Any]:
+    """Return the checkpoint that DVC's cache or remote has of a repository's revision."""
+    Path(".dvc/tmp").mkdir(parents=True, exist_ok=True)
+    # In a folder that is new: `dvc get` links its file to the cache, and would write through a link that it finds.
+    with tempfile.TemporaryDirectory(dir=".dvc/tmp") as folder:
+        target = Path(folder) / CHECKPOINT.name
+        command = [sys.executable, "-m", "dvc", "get", repository, str(CHECKPOINT), "-o", str(target), *revision]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise UserError(
+                f"resume = {resume}: its checkpoint is neither in DVC's cache nor in its remote "
+                f"({(result.stderr.strip() or 'no reason given').splitlines()[0].removeprefix('ERROR: ')}).\n"
+                f"Get it with `dvc exp pull <git remote> {resume}`, or let who has it `dvc exp push` it."
+            )
+        try:
+            return checkpoint.load(target)
+        except checkpoint.Damaged as error:
+            raise UserError(
+                f"resume = {resume}: {CHECKPOINT} of it {error}. Name another one, or set resume=auto."
+            ) from None
+
+
+def _check_revision(root: str, name: str) -> None:
+    """Raise UserError where the repository has neither an experiment nor a revision of that name."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True)
+
+    refs = git("for-each-ref", "--format=%(refname)", "refs/exps", "refs/heads", "refs/tags").stdout.split()
+    names = {ref.rpartition("/")[2] for ref in refs} - {"stash", "failed", "EXEC_HEAD", "EXEC_BASELINE"}
+    if name not in names and git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}").returncode:
+        raise UserError(
+            f"params.yaml: resume = {name!r} is neither auto, never, last, nor an experiment or revision."
+            f"{nearest(name, [*names, 'auto', 'never', 'last'])}"
+        )
+
+
+def _has_checkpoint(lock: Path) -> bool:
+    contents = YAML(typ="safe").load(lock) if lock.exists() else None
+    stages = (contents or {}).get("stages", {}).values()
+    return any(out["path"] == CHECKPOINT.as_posix() for stage in stages for out in stage.get("outs", []))
