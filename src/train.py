@@ -9,6 +9,7 @@ from there, and one that is finished there is not trained again. At the end its 
 models/checkpoint.pt, and its weights models/model.safetensors.
 """
 
+import contextlib
 import functools
 import os
 import signal
@@ -61,7 +62,7 @@ def main() -> None:
         if settings.resume == "never":
             run.forget()
         go_on(session, run, epochs)
-        writer = checkpoint.Writer(run, about | {"classes": store.classes}, settings.checkpoint_store_gb * 1e9)
+        writer = checkpoint.Writer(run, epochs, about | {"classes": store.classes}, settings.checkpoint_store_gb * 1e9)
         with Live("results/train", dvcyaml=None, save_dvc_exp=False) as live:
             if parent:
                 live.summary["continues"] = parent[0]
@@ -140,6 +141,8 @@ def train(
             yield batch
 
     def diverged(where: str) -> Exception:
+        with contextlib.suppress(FloatingPointError):
+            writer.wait()
         kept = run.checkpoints()
         last = f"The last good checkpoint is kept: {kept[-1].path}" if kept else "No epoch was complete."
         return training.diverged(where, settings.lr, settings.momentum, last)

@@ -31,7 +31,13 @@ def test_the_order_is_a_permutation_of_its_own_stream():
     order = augment.epoch_order(0, 1, 100)
     assert sorted(order) == list(range(100))
     assert not np.array_equal(order, augment.epoch_order(0, 2, 100))
-    assert augment.dropout_seed(0, 1) != augment.dropout_seed(0, 2)
+
+
+def test_each_step_has_a_dropout_seed_that_the_number_of_steps_does_not_change():
+    seeds = augment.dropout_seeds(0, 1, 50)
+    assert augment.dropout_seeds(0, 1, 7) == seeds[:7]
+    others = augment.dropout_seeds(0, 2, 50) + augment.dropout_seeds(1, 1, 50)
+    assert len({*seeds, *others}) == 150
 
 
 def torchvisions_crop(

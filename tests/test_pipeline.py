@@ -90,7 +90,7 @@ def test_the_walkthrough(tmp_path):
 
     printed = dvc(project, "exp", "run")
     assert "Experiment results have been applied to your workspace" in printed
-    assert git(project, "status", "--short").split() == ["??", "dvc.lock", "??", "results/"]
+    assert git(project, "status", "--short").split() == ["M", "dvc.lock", "??", "results/"]
     (first,) = experiments(project)
     assert first.keys() >= set(COLUMNS)
     assert (first["step"], first["lr"]) == ("1", "0.001")
@@ -139,10 +139,11 @@ def test_the_walkthrough(tmp_path):
     assert "best" in git(project, "branch")
     assert "Data and pipelines are up to date" in dvc(project, "repro")
 
-    # The same experiment again, from another workspace: it is not trained twice.
+    # The same experiment again, from another workspace and though it was removed: it is not trained twice.
+    dvc(project, "exp", "remove", "-A")
     printed = dvc(project, "exp", "run", "--temp", "-S", "lr=0.003", "-S", "model_name=mobilenet_v3_small",
                   "-S", "momentum=0.5", "-S", "num_epochs=1")  # fmt: skip
-    assert "Stage 'train' is cached - skipping run" in printed
+    assert "this run is finished, nothing to train" in printed
 
     # A key that no stage knows is an error, though nothing else has changed.
     with open(project / "params.yaml", "a") as file:
@@ -189,7 +190,7 @@ def test_the_demo_learns_and_leaves_the_workspace_as_it_was(tmp_path):
     )
     before = git(project, "status", "--short"), git(project, "stash", "list"), git(project, "rev-parse", "HEAD")
     environ = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    for _ in range(2):  # the second time, DVC has the results
+    for _ in range(2):  # the second time, the results are there
         result = subprocess.run(
             [sys.executable, "src/demo.py"], cwd=project, env=environ, capture_output=True, text=True
         )
@@ -200,7 +201,7 @@ def test_the_demo_learns_and_leaves_the_workspace_as_it_was(tmp_path):
         assert all(float(accuracy) >= 0.9 for _, accuracy in accuracies)
         after = git(project, "status", "--short"), git(project, "stash", "list"), git(project, "rev-parse", "HEAD")
         assert after == before
-    assert result.stdout.count("Stage 'train' is cached - skipping run") == 2
+    assert result.stdout.count("this run is finished, nothing to train") == 2
 
 
 @pytest.mark.skipif(

@@ -205,7 +205,7 @@ def test_an_interrupted_run_leaves_the_store_as_it_was(project, kill):
     assert process.returncode != 0
     assert contents(project / "data/prepared") == before
     if kill == signal.SIGINT:
-        assert message == b"interrupted\n"
+        assert message == b"stopped. Nothing is half-written: the same command starts this stage again.\n"
         assert not (project / "data/prepared.tmp").exists()
     write_params(project, data__source="data/pictures", data__resize=32, data__image_size=32)
     prepared(project)

@@ -90,7 +90,6 @@ def test_the_checkpoint_has_what_training_on_needs(trained):
     folder, _ = trained
     state = checkpoint.load(folder / "models/checkpoint.pt")
     model = load_file(folder / "models/model.safetensors")
-    assert state["epoch"] == 1
     assert [row["step"] for row in state["history"]] == [0, 1]
     assert state["model"].keys() == model.keys()
     assert all(torch.equal(state["model"][name], tensor) for name, tensor in model.items())
@@ -158,13 +157,13 @@ def test_training_equals_a_loop_written_out(trained):
     for epoch in range(2):
         draws = augment.epoch_draws(0, epoch, len(indices))
         boxes = augment.random_resized_crops(draws[:, :-1], store.heights[indices], store.widths[indices], 0.25)
-        torch.manual_seed(augment.dropout_seed(0, epoch))
         model.train()
         order = augment.epoch_order(0, epoch, 13)
-        for part in order[:8], order[8:]:
+        for part, dropout_seed in zip((order[:8], order[8:]), augment.dropout_seeds(0, epoch, 2), strict=True):
             pictures = augment.crop_resize([store[indices[i]] for i in part], boxes[part], 32)
             pictures = augment.horizontal_flip(pictures, draws[part, -1])
             pictures = augment.normalize(pictures, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+            torch.manual_seed(dropout_seed)
             loss = torch.nn.functional.cross_entropy(model(pictures), torch.from_numpy(store.labels[indices[part]]))
             optimizer.zero_grad()
             loss.backward()
@@ -186,8 +185,7 @@ def test_pretrained_layers_are_frozen_or_fine_tuned_and_layers_without_weights_a
     write_params(fresh, **settings)
     printed = stage("backbone.py", fresh)
     assert "3 layers have none and will train: features.12.squeeze, features.12.expand1x1" in printed
-    tensors, about = backbones.read(fresh / "models/backbone.safetensors")
-    assert about["digest"] == backbones.digest(tensors)
+    tensors, _ = backbones.read(fresh / "models/backbone.safetensors")
     assert tensors.keys() == {name for name in state if not name.startswith("classifier")}
     stage("train.py", fresh)
     model = load_file(fresh / "models/model.safetensors")

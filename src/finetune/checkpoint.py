@@ -97,8 +97,9 @@ class Session:
 class Writer:
     """Writes a run's checkpoints, one at a time, beside the training that goes on."""
 
-    def __init__(self, run: Run, about: dict[str, Any], limit: float):
-        self.run, self.about, self.limit = run, about, limit  # `limit` is the store's, in bytes
+    def __init__(self, run: Run, epochs: int, about: dict[str, Any], limit: float):
+        self.run, self.epochs, self.about = run, epochs, about  # `epochs` are those that the run is to have
+        self.limit = limit  # of the store, in bytes
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._last: Future | None = None
 
@@ -117,7 +118,7 @@ class Writer:
         if not all(tensor.isfinite().all() for tensor in state["model"].values()):
             raise FloatingPointError
         save(self.run.path(len(state["history"]), steps(state)), state)
-        self.run.tidy()
+        self.run.tidy(self.epochs)
         make_room(self.run.store, self.limit)
 
 

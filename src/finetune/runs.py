@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -148,18 +148,19 @@ class Run:
         finished = path.with_suffix(".finished.pt")
         if path.exists():
             path.replace(finished)
-        self.tidy()
+        self.tidy(epochs)
         return finished
 
-    def tidy(self) -> None:
-        """Remove unfinished checkpoints: all but the last two, or all that a finished one has made needless."""
-        found = self.checkpoints()
-        end = max((each for each in found if each.finished), default=None)
-        unfinished = [each for each in found if not each.finished]
-        ahead = [each for each in unfinished if not end or each > end]
-        for each in unfinished:
-            if each not in ahead[-KEPT:]:
-                each.path.unlink()
+    def tidy(self, epochs: int) -> None:
+        """Remove checkpoints on the way to `epochs`: all but the last two, or all where the run got there.
+
+        Not those that are further, of a longer run that was interrupted.
+        """
+        found = [each for each in self.checkpoints() if (each.epochs, each.steps) <= (epochs, 0)]
+        way = [each for each in found if not each.finished]
+        there = found and found[-1].finished and found[-1].epochs == epochs
+        for each in way if there else way[:-KEPT]:
+            each.path.unlink()
 
     def forget(self) -> None:
         """Remove the run's checkpoints."""
@@ -200,12 +201,18 @@ class Run:
     @property
     def bytes(self) -> int:
         """The size of the run's files."""
-        return sum(file.stat().st_size for file in self.folder.iterdir())
+        return sum(status.st_size for status in self._statuses())
 
     @property
     def saved(self) -> float:
         """When the run was saved last, in seconds since 1970 by the clock of then."""
-        return max((file.stat().st_mtime for file in self.folder.iterdir()), default=0)
+        return max((status.st_mtime for status in self._statuses()), default=0)
+
+    def _statuses(self) -> Iterator[os.stat_result]:
+        """Yield the status of each of the run's files; another process may remove some meanwhile."""
+        for file in self.folder.glob("*"):
+            with suppress(FileNotFoundError):
+                yield file.stat()
 
     def _lock(self) -> FileLock:
         return FileLock(self.store / "locks" / self.name)

@@ -1,0 +1,130 @@
+"""Training on top of another run, through DVC: `resume` in the workspace, in the queue, and in a second clone."""
+
+import csv
+import json
+import re
+
+from finetune import checkpoint
+
+import pytest
+import torch
+from test_pipeline import TINY, clone, dvc, experiments, git, wait_for_queue
+
+pytestmark = pytest.mark.slow
+
+
+def steps(folder) -> list[str]:
+    """Return the steps of the curve that the workspace has."""
+    with open(folder / "results/train/plots/metrics/loss.tsv", newline="") as file:
+        return [row["step"] for row in csv.DictReader(file, delimiter="\t")]
+
+
+def metrics(folder) -> dict:
+    return json.loads((folder / "results/train/metrics.json").read_text())
+
+
+def newest(folder) -> dict[str, str]:
+    return experiments(folder)[0]
+
+
+def trained(printed: str) -> list[str]:
+    """Return the epochs that a command trained, as it counts them."""
+    return re.findall(r"^epoch (\d+)/", printed, re.MULTILINE)
+
+
+def test_the_walkthrough_of_resume(tmp_path):
+    project = clone(tmp_path / "project", **TINY)
+    dvc(project, "exp", "run")
+    first = newest(project)["Experiment"]
+    assert "continues" not in metrics(project)
+
+    printed = dvc(project, "exp", "run", "-S", "resume=last", "-S", "lr=0.01")
+    assert trained(printed) == ["3", "4"]
+    second = newest(project)["Experiment"]
+    assert (metrics(project)["step"], metrics(project)["continues"]) == (3, first)
+    assert steps(project) == ["0", "1", "2", "3"]
+    assert trained(dvc(project, "exp", "run", "-S", "num_epochs=1")) == ["5"]
+    assert metrics(project)["continues"] == second
+    lineage = checkpoint.load(project / "models/checkpoint.pt")["lineage"]
+    assert [(run["experiment"], run["epochs"]) for run in lineage] == [(first, 2), (second, 4)]
+    assert "Stage 'train' didn't change, skipping" in dvc(project, "exp", "run")  # the same command is the same run
+
+    printed = dvc(project, "exp", "run", "-S", "resume=never", "-S", "model_name=mobilenet_v3_small")
+    assert trained(printed) == ["1"]
+    assert steps(project) == ["0"]
+
+    # On top of an experiment, by its name; what does not fit or is not there says so, and the workspace stays.
+    printed = dvc(project, "exp", "run", "-S", f"resume={first}", status=255)
+    assert f"error: resume = {first}: that checkpoint is of squeezenet1_1 (ants, bees)" in printed
+    printed = dvc(project, "exp", "run", "-S", f"resume={first[:-1]}x", "-S", "model_name=squeezenet", status=255)
+    assert f"Nearest: {first}" in printed
+    assert trained(dvc(project, "exp", "run", "-S", f"resume={first}")) == ["3"]
+    assert (metrics(project)["step"], metrics(project)["continues"]) == (2, first)
+
+    # In the queue, `last` is the workspace's checkpoint of when the experiment was queued.
+    here = newest(project)["Experiment"]
+    dvc(project, "exp", "run", "--queue", "-S", "resume=last,auto", "-S", "lr=0.02")
+    dvc(project, "exp", "run", "-S", "resume=auto")
+    dvc(project, "queue", "start", "-j", "2")
+    assert wait_for_queue(project).count("Success") == 2
+    rows = {row["resume"]: row for row in experiments(project) if row["lr"] == "0.02"}
+    assert (rows["last"]["step"], rows["last"]["continues"]) == ("3", here)
+    assert (rows["auto"]["step"], rows["auto"]["continues"]) == ("0", "")
+
+    table = dvc(project, "exp", "show", "--no-pager", "--only-changed", "--drop", "src|data|models|weights|Created")
+    assert re.search(r"\bstep .*\bcontinues .*\bresume\b", table)
+
+
+def test_last_without_a_run_before_says_so(tmp_path):
+    project = clone(tmp_path / "project", **TINY, resume="last")
+    assert "error: resume = last, but dvc.lock has no checkpoint yet" in dvc(project, "exp", "run", status=255)
+
+
+def test_on_top_with_the_same_settings_equals_one_longer_run(tmp_path):
+    project = clone(tmp_path / "project", **TINY | {"num_epochs": 1, "momentum": 0.9})
+    dvc(project, "exp", "run")
+    assert trained(dvc(project, "exp", "run", "-S", "resume=last")) == ["2"]
+    on_top = checkpoint.load(project / "models/checkpoint.pt")
+    # A run of two epochs goes on where that of one had ended, in the store: one epoch to train.
+    assert trained(dvc(project, "exp", "run", "-S", "resume=auto", "-S", "num_epochs=2")) == ["2"]
+    longer = checkpoint.load(project / "models/checkpoint.pt")
+    assert all(torch.equal(tensor, longer["model"][name]) for name, tensor in on_top["model"].items())
+    strip = [{**row, "training_time": None} for row in on_top["history"]]
+    assert strip == [{**row, "training_time": None} for row in longer["history"]]
+    assert (on_top["lineage"] != [], longer["lineage"]) == (True, [])
+
+
+def test_a_teammate_trains_on_top_of_an_experiment_that_was_pushed(tmp_path):
+    project = clone(tmp_path / "project", **TINY)
+    git(project, "init", "-q", "--bare", str(tmp_path / "git"))
+    git(project, "remote", "add", "origin", str(tmp_path / "git"))
+    dvc(project, "remote", "add", "-d", "storage", str(tmp_path / "storage"))
+    git(project, "commit", "-qam", "remote")
+    git(project, "push", "-q", "origin", "main")
+    dvc(project, "exp", "run", "--name", "mine")
+    dvc(project, "exp", "push", "origin", "mine")
+    dvc(project, "exp", "branch", "mine", "kept")
+    git(project, "push", "-q", "origin", "kept")
+
+    git(tmp_path, "clone", "-q", "-b", "main", str(tmp_path / "git"), "theirs")
+    theirs = tmp_path / "theirs"
+    printed = dvc(theirs, "exp", "run", "-S", "resume=mine", status=255)
+    assert "neither auto, never, last, nor an experiment or revision" in printed
+    dvc(theirs, "exp", "pull", "origin", "mine")
+    assert trained(dvc(theirs, "exp", "run", "-S", "resume=mine", "-S", "lr=0.01")) == ["3", "4"]
+    assert (metrics(theirs)["step"], metrics(theirs)["continues"]) == (3, "mine")
+    assert trained(dvc(theirs, "exp", "run", "-S", "resume=origin/kept", "-S", "lr=0.02")) == ["3", "4"]
+
+    dvc(theirs, "exp", "apply", "mine")
+    assert len(checkpoint.load(theirs / "models/checkpoint.pt")["history"]) == 2
+    assert trained(dvc(theirs, "exp", "run", "-S", "resume=last", "-S", "lr=0.03")) == ["3", "4"]
+
+    # The store shared, an experiment that the first clone has is not trained again in the second.
+    (tmp_path / "store").mkdir()
+    shared = {"CHECKPOINTS_DIR": str(tmp_path / "store")}
+    git(theirs, "checkout", "-q", "params.yaml")
+    assert trained(dvc(project, "exp", "run", "-S", "lr=0.05", **shared)) == ["1", "2"]
+    printed = dvc(theirs, "exp", "run", "-S", "lr=0.05", **shared)
+    assert trained(printed) == []
+    assert "this run is finished, nothing to train" in printed
+    assert (theirs / "models/model.safetensors").read_bytes() == (project / "models/model.safetensors").read_bytes()
