@@ -1,0 +1,105 @@
+"""What saving costs: seconds per epoch with checkpoints written beside the training, before it goes on, and not at all.
+
+    python benchmarks/checkpoints.py    # about five minutes on 2 cores; needs neither pictures nor weights
+
+SqueezeNet with a frozen trunk and AlexNet fully fine-tuned, on drawn pictures of 224 px, from random weights. The three
+ways take turns, two epochs each; what is printed are medians, and ratios to the epochs without saving.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
+
+from finetune import augment, backbones, checkpoint, datasets, decoding, device, images, optim, runs, sources, training
+
+import torch
+from tqdm import tqdm
+
+CASES = {"SqueezeNet, frozen": ("squeezenet", "head"), "AlexNet, full": ("alexnet", "all")}
+WAYS = ("none", "before", "beside")
+SIZE = 224
+BLOCK = 2  # epochs with a checkpoint each, the last one's writing included
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=4, help="timed blocks of each way")
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    place = device.choose(arguments.device)
+    device.make_deterministic()
+    device.keep_freed_memory()
+    print(f"{place}, {torch.get_num_threads()} threads; seconds an epoch, and their ratios to saving none")
+    ways = "".join(f"{way:>9}" for way in WAYS)
+    print(f"{'case':20}{'checkpoint':>10} {ways} {ways}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        store = draw(Path(folder))
+        for name, (model_name, trainable) in CASES.items():
+            megabytes, seconds = measure(Path(folder) / name, store, model_name, trainable, arguments.rounds, place)
+            medians = [statistics.median(seconds[way]) for way in WAYS]
+            times = "".join(f"{each:9.2f}" for each in medians)
+            ratios = "".join(f"{each / medians[0]:9.3f}" for each in medians)
+            print(f"{name:20}{megabytes:7.1f} MB {times} {ratios}", flush=True)
+
+
+def draw(folder: Path) -> images.ImageStore:
+    """Return a store of 244 drawn pictures to train and 152 to validate, about as many as the ants and bees."""
+    recipe = sources.DrawnRecipe(drawn=["ants", "bees"], train=122, val=76, size=SIZE, seed=0)
+    sources.draw(recipe, folder / "pictures")
+    dataset = datasets.read(folder / "pictures", "drawn")
+    shards = images.write_shards(dataset.pictures, folder / "store", lambda data: decoding.decode(data, resize=SIZE))
+    images.write_manifest(folder / "store", dataset, shards, "drawn", SIZE)
+    return images.ImageStore(folder / "store")
+
+
+def measure(
+    folder: Path, store: images.ImageStore, model_name: str, trainable: str, rounds: int, place: torch.device
+) -> tuple[float, dict[str, list[float]]]:
+    """Return the size of a checkpoint, in MB, and the seconds an epoch of each timed block of each way of saving."""
+    model = backbones.build(model_name, num_classes=2, image_size=SIZE)
+    layers = backbones.trainable_layers(backbones.layers(model), backbones.head_name(model), [], trainable)
+    backbones.freeze(model, layers)
+    model.to(place)
+    optimizer = optim.optimizer(model, lr=1e-4, momentum=0.9)
+    kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    session = checkpoint.Session(model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1), kept)
+    run = runs.Run(folder, "0" * 16)
+    writer = checkpoint.Writer(run, 10**4, {"run": run.name}, limit=float("inf"))
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _ in range(rounds + 1):  # the first warms up
+        for way in WAYS:
+            start = time.perf_counter()
+            for _ in range(BLOCK):
+                train_epoch(model, optimizer, store, len(session.history), place)
+                session.history = [*session.history, {"step": len(session.history)}]
+                if way != "none":
+                    writer.save(session)
+                if way == "before":
+                    writer.wait()
+            writer.wait()
+            seconds[way].append((time.perf_counter() - start) / BLOCK)
+    return run.bytes / len(run.checkpoints()) / 1e6, {way: times[1:] for way, times in seconds.items()}
+
+
+def train_epoch(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, store: images.ImageStore, epoch: int, place: torch.device
+) -> None:
+    """Train and validate as the stage does."""
+    backbones.train_mode(model)
+    batches = training.training_batches(store, 0, epoch, 8, SIZE, min_scale=0.25)
+    with tqdm(disable=True) as bar:
+        training.train_epoch(model, optimizer, batches, normalize, training.Sums(place, {}), bar)
+    training.predict(model, training.plain_batches(store, "val", SIZE), normalize)
+
+
+def normalize(pictures: torch.Tensor) -> torch.Tensor:
+    return augment.normalize(pictures, backbones.IMAGENET_MEAN, backbones.IMAGENET_STD)
+
+
+if __name__ == "__main__":
+    main()
