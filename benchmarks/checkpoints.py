@@ -93,7 +93,7 @@ def train_epoch(
     backbones.train_mode(model)
     batches = training.training_batches(store, 0, epoch, 8, SIZE, min_scale=0.25)
     with tqdm(disable=True) as bar:
-        training.train_epoch(model, optimizer, batches, normalize, training.Sums(place, {}), bar)
+        training.train_epoch(model, optimizer, batches, normalize, training.Sums(place, epoch, {}), bar)
     training.predict(model, training.plain_batches(store, "val", SIZE), normalize)
 
 

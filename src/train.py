@@ -11,7 +11,9 @@ models/checkpoint.pt, and its weights models/model.safetensors.
 
 import contextlib
 import functools
+import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +39,9 @@ def main() -> None:
     device.keep_freed_memory()
     place = device.choose(settings.device)
     pretrained, backbone = backbones.read(Path("models/backbone.safetensors"))
-    parent, origin = lineage.find(settings.resume, backbone["model_name"], store.classes), None
+    # What a checkpoint on top of which another run trains must agree in with that one's settings.
+    base = {"model_name": backbone["model_name"], "classes": store.classes, "weights": backbone["digest"]}
+    parent, origin = lineage.find(settings.resume, base), None
     if parent:
         origin = {"run": parent[1]["run"], "epochs": len(parent[1]["history"])}
 
@@ -53,17 +57,18 @@ def main() -> None:
     session = checkpoint.Session(model, optimizer, schedule, kept, started=started)
     if parent:
         session.inherit(parent[1])
+        print(f"on top of {parent[0]}, which has {len(session.history)} epochs")
     epochs = len(session.history) + settings.num_epochs
 
     identity = runs.identity(settings, store.manifest["files"], store.classes, backbone, place.type, origin)
     run = runs.Run(runs.store_folder(), runs.run_id(identity))
-    about = {"run": run.name, "experiment": os.environ.get("DVC_EXP_NAME"), "model_name": backbone["model_name"]}
+    about = base | {"run": run.name, "experiment": os.environ.get("DVC_EXP_NAME")}
     with run.held(about | {"parent": parent and parent[0], "identity": identity}):
         if settings.resume == "never":
             run.forget()
         go_on(session, run, epochs)
-        writer = checkpoint.Writer(run, epochs, about | {"classes": store.classes}, settings.checkpoint_store_gb * 1e9)
-        with Live("results/train", dvcyaml=None, save_dvc_exp=False) as live:
+        limit = settings.checkpoint_store_gb * 1e9
+        with checkpoint.Writer(run, epochs, about, limit) as writer, logged(Path("results/train")) as live:
             if parent:
                 live.summary["continues"] = parent[0]
             for row in session.history:
@@ -140,54 +145,64 @@ def train(
                 )
             yield batch
 
-    def diverged(where: str) -> Exception:
-        with contextlib.suppress(FloatingPointError):
-            writer.wait()
-        kept = run.checkpoints()
-        last = f"The last good checkpoint is kept: {kept[-1].path}" if kept else "No epoch was complete."
-        return training.diverged(where, settings.lr, settings.momentum, last)
-
-    while len(session.history) < epochs:
-        epoch = len(session.history)
-        sums = training.Sums(place, session.sums)
-        backbones.train_mode(model)
-        batches = training.training_batches(
-            store, settings.seed, epoch, settings.batch_size, size, settings.augment.min_scale, first=sums.steps
-        )
-        try:
+    try:
+        while len(session.history) < epochs:
+            epoch = len(session.history)
+            sums = training.Sums(place, epoch, session.sums)
+            backbones.train_mode(model)
+            batches = training.training_batches(
+                store, settings.seed, epoch, settings.batch_size, size, settings.augment.min_scale, first=sums.steps
+            )
             with tqdm(total=steps, initial=sums.steps, desc=f"epoch {epoch + 1}/{epochs}", disable=None) as bar:
                 training.train_epoch(model, optimizer, watched(batches, sums), normalize, sums, bar)
             batches = watched(training.plain_batches(store, "val", size), sums)
             logits = training.predict(model, batches, normalize)
-        except FloatingPointError as error:
-            raise diverged(f"epoch {epoch}, step {error.args[0]}" if error.args else f"epoch {epoch}") from None
-        except (torch.OutOfMemoryError, ValueError) as error:  # the latter from batch norm
-            raise training.batch_does_not_fit(error, settings.batch_size, size) from None
-        val_loss = float(metrics.cross_entropy(logits, labels).mean())
-        if not val_loss < float("inf"):
-            raise diverged(f"the validation after epoch {epoch}")
+            val_loss = float(metrics.cross_entropy(logits, labels).mean())
+            if not math.isfinite(val_loss):
+                raise FloatingPointError(f"the loss in the validation after epoch {epoch + 1}")
 
-        means = sums.means()
-        row = {
-            "step": epoch,
-            "acc": means["acc"],
-            "loss": means["loss"],
-            "training_time": session.elapsed(),  # seconds, since the run began
-            "val_acc": metrics.accuracy(logits, labels),
-            "val_loss": val_loss,
-            "lr": optimizer.param_groups[0]["lr"],
-        }
-        session.history = [*session.history, row]
-        session.sums = {}
-        optim.step(session.schedule, val_loss)
-        writer.save(session)
-        saved = time.monotonic()
-        log(live, row)
-        tqdm.write(
-            f"epoch {epoch + 1}/{epochs}: loss {row['loss']:.4f}  acc {row['acc']:.4f}  "
-            f"val_loss {row['val_loss']:.4f}  val_acc {row['val_acc']:.4f}  {row['training_time']:.1f} s"
-        )
-    writer.wait()
+            means = sums.means()
+            row = {
+                "step": epoch,
+                "acc": means["acc"],
+                "loss": means["loss"],
+                "training_time": session.elapsed(),  # seconds, since the run began
+                "val_acc": metrics.accuracy(logits, labels),
+                "val_loss": val_loss,
+                "lr": optimizer.param_groups[0]["lr"],
+            }
+            session.history = [*session.history, row]
+            session.sums = {}
+            optim.step(session.schedule, val_loss)
+            writer.save(session)
+            saved = time.monotonic()
+            log(live, row)
+            tqdm.write(
+                f"epoch {epoch + 1}/{epochs}: loss {row['loss']:.4f}  acc {row['acc']:.4f}  "
+                f"val_loss {row['val_loss']:.4f}  val_acc {row['val_acc']:.4f}  {row['training_time']:.1f} s"
+            )
+        writer.wait()
+    except FloatingPointError as error:
+        with contextlib.suppress(FloatingPointError):
+            writer.wait()
+        kept = run.checkpoints()
+        last = f"The last good checkpoint is kept: {kept[-1].path}" if kept else "No epoch was complete."
+        raise training.diverged(str(error), settings.lr, settings.momentum, last) from None
+    except (torch.OutOfMemoryError, ValueError) as error:  # the latter from batch norm
+        raise training.batch_does_not_fit(error, settings.batch_size, size) from None
+
+
+@contextlib.contextmanager
+def logged(folder: Path) -> Iterator[Live]:
+    """Yield DVCLive's log in the folder. Where it can't be written, none is left rather than half of one."""
+    try:
+        with Live(str(folder), dvcyaml=None, save_dvc_exp=False) as live:
+            yield live
+    except OSError as error:
+        if error.filename is None or Path(error.filename).is_relative_to(folder):
+            shutil.rmtree(folder, ignore_errors=True)  # the checkpoints have the history: the next run writes it all
+            error.filename = str(folder)
+        raise
 
 
 def log(live: Live, row: dict) -> None:

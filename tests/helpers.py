@@ -1,6 +1,7 @@
 """What several tests need: small pictures, settings, and a script run as a user runs it."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parent.parent
+RECIPE = "drawn: [ants, bees]\ntrain: 6\nval: 4\nsize: 40\nseed: 0\n"
 
 
 def make_pictures(folder: Path, numbers: dict[str, int], size: int = 24) -> None:
@@ -38,3 +40,36 @@ def run(script: str, folder: Path, *arguments: str, **variables: str) -> subproc
     environ |= {"XDG_CACHE_HOME": str(folder / "cache")} | variables
     command = [sys.executable, str(ROOT / "src" / script), *arguments]
     return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=tester", "-c", "user.email=tester@example.org"]
+    return subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def clone(folder: Path, recipe: str = RECIPE, **settings) -> Path:
+    """Return a repository with the project's files as they are now, data/tiny.yaml, and `settings` in params.yaml."""
+    for name in git(ROOT, "ls-files", "-co", "--exclude-standard", "-z").split("\0"):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    (folder / "data/tiny.yaml").write_text(recipe)
+    write_params(folder, **settings)
+    git(folder, "init", "-q", "-b", "main")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "project")
+    return folder
+
+
+def as_user(folder: Path) -> dict[str, str]:
+    """Return the environment of a user who stands in a folder, with the tests' Python and dvc on PATH."""
+    environ = {name: value for name, value in os.environ.items() if name not in ("DATA_ARCHIVE", "WEIGHTS_DIR")}
+    return environ | {"PATH": f"{Path(sys.executable).parent}:{environ['PATH']}", "PWD": str(folder), "COLUMNS": "250"}
+
+
+def dvc(folder: Path, *arguments: str, status: int = 0, **variables: str) -> str:
+    """Run dvc as a user with the environment on PATH does; return what it printed."""
+    outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    result = subprocess.run(["dvc", *arguments], cwd=folder, env=as_user(folder) | variables, **outputs)
+    assert result.returncode == status, result.stdout
+    return result.stdout

@@ -196,7 +196,7 @@ def test_pretrained_layers_are_frozen_or_fine_tuned_and_layers_without_weights_a
 def test_a_loss_that_is_no_number_stops_the_run_and_says_where(fresh):
     write_params(fresh, **TINY | {"lr": 1e30})
     message = refused("train.py", fresh)
-    assert "epoch 0, step 1" in message or "epoch 0, step 0" in message
+    assert "the loss in epoch 1, step 2 became NaN" in message or "the loss in epoch 1, step 1 became NaN" in message
     assert "smaller lr (now 1e+30)" in message
     assert not (fresh / "models/model.safetensors").exists()
 

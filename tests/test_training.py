@@ -82,7 +82,7 @@ def test_loss_and_accuracy_are_means_over_pictures_not_batches():
     torch.nn.init.zeros_(model.weight)  # logits 0 0: loss log 2, prediction class 0
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     batches = [(torch.ones(3, 2), np.array([0, 0, 0])), (torch.ones(1, 2), np.array([1]))]
-    sums = training.Sums(torch.device("cpu"), {})
+    sums = training.Sums(torch.device("cpu"), 0, {})
     training.train_epoch(model, optimizer, batches, lambda x: x, sums, BAR)
     assert sums.means() == {"loss": pytest.approx(np.log(2)), "acc": 0.75}
 
@@ -91,10 +91,10 @@ def test_a_loss_that_is_no_number_tells_its_step_also_after_going_on():
     batches = [(torch.full((1, 1), value), np.array([0])) for value in (1.0, 2.0, float("nan"), 3.0)]
     for begun in (0, 5):
         model = torch.nn.Linear(1, 2)
-        sums = training.Sums(torch.device("cpu"), {"steps": begun})
+        sums = training.Sums(torch.device("cpu"), 4, {"steps": begun})
         with pytest.raises(FloatingPointError) as error:
             training.train_epoch(model, torch.optim.SGD(model.parameters(), lr=0.1), batches, lambda x: x, sums, BAR)
-        assert error.value.args == (begun + 2,)
+        assert str(error.value) == f"the loss in epoch 5, step {begun + 3}"
 
 
 def test_batches_from_the_middle_are_those_of_the_whole_epoch(store):

@@ -1,6 +1,7 @@
 """What a checkpoint holds: all that training on needs, so that a run that goes on ends as if it had never stopped."""
 
 import os
+import shutil
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -103,6 +104,13 @@ class Writer:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._last: Future | None = None
 
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Have nothing written any more, when the run is let go of; what went wrong with it is not raised."""
+        self._thread.shutdown()
+
     def save(self, session: Session) -> None:
         """Begin to write where the session is now. Raises what went wrong with the one before."""
         self.wait()
@@ -116,7 +124,7 @@ class Writer:
 
     def _write(self, state: dict[str, Any]) -> None:
         if not all(tensor.isfinite().all() for tensor in state["model"].values()):
-            raise FloatingPointError
+            raise FloatingPointError(f"a weight by epoch {len(state['history']) + bool(state['sums'])}")
         save(self.run.path(len(state["history"]), steps(state)), state)
         self.run.tidy(self.epochs)
         make_room(self.run.store, self.limit)
@@ -136,7 +144,8 @@ def load(path: Path) -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:  # a dozen types, for a file that was cut, changed, or holds more than plain values
-        refused = "holds code, which is not run" if "Unsupported" in str(error) else "is cut or changed"
+        code = "unsupported global" in str(error).lower()
+        refused = "holds code, which is not run" if code else "is cut or changed"
         raise Damaged(refused) from error
     if not isinstance(state, dict) or "format" not in state:
         raise Damaged("is none of this project's")
@@ -184,7 +193,7 @@ def place(stored: Path, target: Path) -> None:
         try:
             os.link(stored, temporary)
         except OSError:
-            temporary.write_bytes(stored.read_bytes())
+            shutil.copyfile(stored, temporary)
 
 
 def _copied(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable
 
 
@@ -17,7 +18,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def disk_is_full(error: Exception) -> bool:
     """Tell whether the error is that of a full disk, or of a used-up quota."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    said = re.search(r"\(os error (\d+)\)", str(error))  # safetensors' own error
+    number = error.errno if isinstance(error, OSError) else said and int(said[1])
+    return number in (errno.ENOSPC, errno.EDQUOT)
 
 
 def explained(error: OSError) -> UserError | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from finetune.errors import UserError
+from finetune.errors import UserError, disk_is_full
 
 import psutil
 
@@ -30,7 +30,7 @@ def replaced(path: Path) -> Iterator[Path]:
         _sync_folder(path.parent)
     except Exception as error:
         written = temporary.stat().st_size if temporary.exists() else 0
-        if shutil.disk_usage(path.parent).free < max(written, 2**20):
+        if disk_is_full(error) or shutil.disk_usage(path.parent).free < max(written, 2**20):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
     finally:

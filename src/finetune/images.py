@@ -1,6 +1,6 @@
 """The image store: pictures decoded once, as uint8, read by index from memory-mapped files.
 
-    manifest.json    what is in it: classes, counts, mean and std, skipped files, and the digest of every other file
+    manifest.json    what is in it: classes, counts, mean and std, skipped files, and every file's digest, its own too
     pictures.csv     a row a picture, sorted by split and path: where it lies, its size, its file's sha256
     shard-000.bin …  the pixels, [height, width, 3] a picture, one after another
 
@@ -28,7 +28,7 @@ from finetune.parallel import parallel_map
 import numpy as np
 from tqdm import tqdm
 
-FORMAT = 1
+FORMAT = 2
 SHARD_PICTURES = 256  # about; one picture changed is one shard to store and push anew
 MAX_FILE = 2**28  # bytes of an encoded picture: what is larger is something else, and is not read into memory
 COLUMNS = ("path", "split", "class", "shard", "offset", "height", "width", "sha256")
@@ -90,6 +90,8 @@ class ImageStore:
             raise _damaged(path, "is not JSON") from None
         if manifest.get("format") != FORMAT:
             raise _damaged(path, f"has format {manifest.get('format')}, not {FORMAT}")
+        if manifest.pop("sha256", None) != _digest_of(manifest):
+            raise _damaged(path, "its digest is another")
         for name, expected in manifest["files"].items():
             path = self.folder / name
             size = path.stat().st_size if path.exists() else 0
@@ -98,6 +100,11 @@ class ImageStore:
         if sha256_of(self.folder / "pictures.csv") != manifest["files"]["pictures.csv"]["sha256"]:
             raise _damaged(self.folder / "pictures.csv", "its digest is another")
         return manifest
+
+
+def _digest_of(manifest: dict) -> str:
+    """Return the sha256 of what a manifest says, but for this."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _damaged(path: Path, problem: str) -> UserError:
@@ -210,8 +217,9 @@ def write_manifest(folder: Path, dataset: Dataset, shards: Shards, source: str, 
         },
     }
     path = folder / "manifest.json"
+    sealed = manifest | {"sha256": _digest_of(manifest)}
     with _named(path):
-        path.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(sealed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return manifest
 
 

@@ -16,11 +16,12 @@ from ruamel.yaml import YAML
 CHECKPOINT = Path("models/checkpoint.pt")
 
 
-def find(resume: str, model_name: str, classes: list[str]) -> tuple[str, dict[str, Any]] | None:
+def find(resume: str, base: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
     """Return the parent's name and its checkpoint, or None where `resume` names none.
 
     `last` is the checkpoint in dvc.lock, the one of the last run that DVC has recorded in the workspace, or had when
-    the experiment was queued. Raises UserError where there is none, or it does not fit the model and the classes.
+    the experiment was queued. Raises UserError where there is none, or where it differs in `base`: model_name, classes
+    or the digest of the pretrained weights.
     """
     if resume in ("auto", "never"):
         return None
@@ -33,13 +34,17 @@ def find(resume: str, model_name: str, classes: list[str]) -> tuple[str, dict[st
         root = os.environ.get("DVC_ROOT", ".")
         _check_revision(root, resume)
         state, name = _get(root, ["--rev", resume], resume), resume
-    theirs, ours = (state["model_name"], state["classes"]), (model_name, classes)
-    if theirs != ours:
+    if any(state[key] != base[key] for key in base):
+        theirs, ours = _described(state), _described(base)
         raise UserError(
-            f"resume = {resume}: that checkpoint is of {theirs[0]} ({listing(theirs[1])}), and these settings are of "
-            f"{ours[0]} ({listing(ours[1])}).\nSet model_name and data as they were, or resume=auto to begin anew."
+            f"resume = {resume}: that checkpoint is of {theirs}, and these settings are of {ours}.\n"
+            "Set model_name, data and backbone.weights as they were, or resume=auto to begin anew."
         )
     return name, state
+
+
+def _described(base: dict[str, Any]) -> str:
+    return f"{base['model_name']} ({listing(base['classes'])}; weights {base['weights'][:8]})"
 
 
 def _get(repository: str, revision: list[str], resume: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ def run(main: Callable[[], None]) -> None:
     After a signal, with 128 and its number. What was written is whole, so the same command goes on from there.
     """
     sys.stdout.reconfigure(line_buffering=True)  # a queue's log is to grow while the stage works
+    _handle(signal.SIGINT, signal.default_int_handler)
     _handle(signal.SIGTERM, _interrupt)
     if "DVC_ROOT" in os.environ:
         threading.Thread(target=_stop_with_parent, args=(os.getppid(),), daemon=True).start()

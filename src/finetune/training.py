@@ -60,8 +60,9 @@ def plain_batches(store: ImageStore, split: str, image_size: int, batch_size: in
 class Sums:
     """Running sums over the pictures of an epoch. They stay on the device: asking for their values waits for it."""
 
-    def __init__(self, device: torch.device, start: dict[str, float]):
+    def __init__(self, device: torch.device, epoch: int, start: dict[str, float]):
         """Begin where `values` was, or at zero where `start` is empty."""
+        self.epoch = epoch
         self.steps, self.count = int(start.get("steps", 0)), int(start.get("count", 0))
         number = {"dtype": torch.float64, "device": device}
         self.loss, self.hits = (torch.tensor(start.get(name, 0.0), **number) for name in ("loss", "hits"))
@@ -76,9 +77,9 @@ class Sums:
         self.finite_steps += self.loss.isfinite()
 
     def values(self) -> dict[str, float]:
-        """Return the sums. Raises FloatingPointError with the step from which on the loss was not a number."""
+        """Return the sums. Raises FloatingPointError, saying from which step on the loss was not a number."""
         if not self.loss.isfinite():  # and never again
-            raise FloatingPointError(int(self.finite_steps))
+            raise FloatingPointError(f"the loss in epoch {self.epoch + 1}, step {int(self.finite_steps) + 1}")
         return {"steps": self.steps, "count": self.count, "loss": float(self.loss), "hits": float(self.hits)}
 
     def means(self) -> dict[str, float]:
@@ -120,10 +121,10 @@ def predict(model: nn.Module, batches: Iterable[Batch], normalize: Callable[[Ten
     return torch.cat([model(normalize(pictures.to(device))).float().cpu() for pictures, _ in batches]).numpy()
 
 
-def diverged(where: str, lr: float, momentum: float, kept: str) -> UserError:
-    """Return the error for a loss that is no number any more, with the settings to look at and what is `kept`."""
+def diverged(what: str, lr: float, momentum: float, kept: str) -> UserError:
+    """Return the error for a number that is none any more, with the settings to look at and what is `kept`."""
     return UserError(
-        f"the loss became NaN or infinite in {where}: training diverged. {kept}\n"
+        f"{what} became NaN or infinite: training diverged. {kept}\n"
         f"Try a smaller lr (now {lr:g}) or momentum (now {momentum:g}), for instance -S lr={lr / 10:g}."
     )
 

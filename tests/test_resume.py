@@ -1,0 +1,509 @@
+"""Going on: a run that is killed ends as one that was not, to the bit; and what makes a run another one."""
+
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import get_args
+
+from finetune import checkpoint, params, runs, stage
+from finetune.digests import digest
+from helpers import ROOT, make_pictures, write_params
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+SEED = 0  # of the moments at which processes are killed
+KILLS = 6  # at least, of each configuration
+TRAINING = " parameters: "  # is printed before a run's first step
+TINY = {
+    "data__source": "pictures",
+    "data__resize": 36,
+    "data__image_size": 32,
+    "model_name": "squeezenet",
+    "backbone__weights": "mine.pth",
+    "num_epochs": 4,
+    "batch_size": 4,
+    "lr": 0.01,
+    "momentum": 0.9,
+    "device": "cpu",
+}
+NOISE = {"train/ants": 20, "train/bees": 21, "val/ants": 5, "val/bees": 6}
+
+
+# Processes that can be killed -----------------------------------------------------------------------------------------
+
+FORKS = multiprocessing.get_context("forkserver")  # of a process that has imported torch, and started no thread of it
+
+
+class Forked:
+    """A script that starts at once, as a fork; what it prints goes to printed.txt. Used as a Popen is."""
+
+    def __init__(self, folder: Path, script: str, **variables: str):
+        (folder / "printed.txt").write_text("")  # by now, as the fork may be killed before it opens it
+        self._process = FORKS.Process(target=_run_script, args=(folder, script, variables), daemon=True)
+        self._process.start()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self) -> int:
+        self._process.join()
+        return self._process.exitcode
+
+
+def _run_script(folder: Path, script: str, variables: dict[str, str]) -> None:
+    os.environ.update(variables)
+    with open(folder / "printed.txt", "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(folder)
+    stage.run(importlib.import_module(script).main)
+
+
+def started(folder: Path, script: str) -> subprocess.Popen:
+    """Start the script as DVC does."""
+    command = [sys.executable, ROOT / f"src/{script}.py"]
+    with open(folder / "printed.txt", "wb") as file:
+        return subprocess.Popen(command, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fork_server():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("DATA_ARCHIVE", "WEIGHTS_DIR", "CHECKPOINTS_DIR", "DVC_ROOT", "DVC_EXP_NAME"):
+            patch.delenv(name, raising=False)
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]))
+        FORKS.set_forkserver_preload(["train", "test_resume"])
+        yield
+
+
+def run(folder: Path, script: str = "train", **variables: str) -> str:
+    """Run a script to its end, which must be a good one; return what it printed."""
+    status = Forked(folder, script, **variables).wait()
+    printed = (folder / "printed.txt").read_text()
+    assert status == 0, printed
+    return printed
+
+
+def epochs(printed: str) -> list[int]:
+    """Return the numbers of the epochs that a process has trained."""
+    return [int(number) for number in re.findall(r"^epoch (\d+)/\d+: ", printed, re.MULTILINE)]
+
+
+# What comes of a run --------------------------------------------------------------------------------------------------
+
+
+def evaluated(folder: Path) -> dict[str, str | bytes]:
+    """Evaluate the model; return all that came of the run."""
+    run(folder, "evaluate")
+    return results(folder)
+
+
+def results(folder: Path) -> dict[str, str | bytes]:
+    """Return all that came of a run but the time it took, in terms of bits."""
+    state = checkpoint.load(folder / "models/checkpoint.pt")
+    curves = {file.stem: file.read_bytes() for file in (folder / "results/train/plots/metrics").glob("*.tsv")}
+    metrics = json.loads((folder / "results/train/metrics.json").read_text())
+    rows = [{name: value for name, value in row.items() if name != "training_time"} for row in state["history"]]
+    assert {"lr", "acc", "val_loss", "training_time"} <= curves.keys()
+    del curves["training_time"], metrics["training_time"]
+    return {
+        "weights": (folder / "models/model.safetensors").read_bytes(),
+        "predictions": (folder / "results/evaluate/predictions.csv").read_bytes(),
+        "history": digest(rows),
+        "metrics": digest(metrics),
+        **{f"checkpoint's {name}": digest(state[name]) for name in ("model", "optimizer", "schedule")},
+        **{f"curve of {name}": content for name, content in curves.items()},
+    }
+
+
+def differences(one: dict, other: dict) -> list[str]:
+    """Return the names of the results that are not equal to the bit."""
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+
+
+# Folders --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Return a function that returns a folder after the stages prepare and backbone, for the settings given."""
+    pictures = tmp_path_factory.mktemp("pictures")
+    make_pictures(pictures, NOISE, size=36)
+    folders = {}
+
+    def prepare(**settings) -> Path:
+        key = tuple(settings.get(name, TINY[name]) for name in ("model_name", "backbone__weights"))
+        if key not in folders:
+            folder = folders[key] = tmp_path_factory.mktemp("prepared")
+            shutil.copytree(pictures, folder / "pictures")
+            write_weights(folder, seed=0)
+            write_params(folder, **TINY | settings)
+            run(folder, "prepare")
+            run(folder, "backbone")
+        return folders[key]
+
+    return prepare
+
+
+@pytest.fixture
+def folders(prepared, tmp_path):
+    """Return a function that returns a new folder each time, before the stage train, for the settings given."""
+
+    def copy(**settings) -> Path:
+        folder = shutil.copytree(prepared(**settings), tmp_path / str(len(list(tmp_path.iterdir()))))
+        write_params(folder, **TINY | settings)
+        return folder
+
+    return copy
+
+
+def write_weights(folder: Path, seed: int) -> None:
+    torch.manual_seed(seed)
+    (folder / "weights").mkdir(exist_ok=True)
+    torch.save(torchvision.models.squeezenet1_1(num_classes=5).state_dict(), folder / "weights/mine.pth")
+
+
+# Killed at any moment -------------------------------------------------------------------------------------------------
+
+
+class Killer:
+    """Kills what trains, at random moments of a life of that many seconds, and counts what it hit."""
+
+    def __init__(self, seed: int, life: float):
+        self.draw, self.life = np.random.default_rng(seed), life
+        self.hits = Counter()
+
+    def train(self, folder: Path, start=Forked, born: str = "") -> None:
+        """Train in the folder until a process ends by itself. Each must have gone on from where it should.
+
+        A life begins when `born` is printed.
+        """
+        said = 0  # epochs that one of the processes has reported
+        killed = True
+        while killed:
+            saved = newest_whole(folder) or (0, 0)
+            assert saved >= (said - 1, 0), "more than the epoch that was being saved is lost"
+            process, writing = start(folder, "train"), self.hits["killed"] % 3 == 2
+            while process.poll() is None and born not in (folder / "printed.txt").read_text():
+                time.sleep(0.01)
+            moment = self.draw.uniform(0, self.life / 2 if writing else self.life)
+            killed = self._kill(process, folder, moment, writing)
+            printed = (folder / "printed.txt").read_text()
+            assert killed or process.wait() == 0, printed
+            trained = epochs(printed)
+            assert trained == list(range(saved[0] + 1, saved[0] + 1 + len(trained)))
+            if trained or not killed:
+                assert went_on(printed) == saved
+            said = max([said, *trained])
+            if killed:
+                self.hits["killed"] += 1
+                self.hits["training"] += TRAINING in printed and not (folder / "models/model.safetensors").exists()
+                self.hits["writing"] += bool(temporaries(folder))
+                self.hits["within an epoch"] += (newest_whole(folder) or (0, 0))[1] > 0
+
+    def _kill(self, process: Forked | subprocess.Popen, folder: Path, moment: float, writing: bool) -> bool:
+        """Kill the process after `moment` seconds, or when it writes a checkpoint after that; tell if it was alive."""
+        end = time.monotonic() + moment
+        while process.poll() is None:
+            if time.monotonic() >= end and (not writing or temporaries(folder)):
+                process.kill()
+                return process.wait() == -signal.SIGKILL
+            time.sleep(0.001)
+        return False
+
+
+def temporaries(folder: Path) -> list[Path]:
+    return list(folder.glob(".dvc/tmp/checkpoints/*/*.pt.tmp"))
+
+
+def newest_whole(folder: Path) -> tuple[int, int] | None:
+    """Return the epochs and steps of the furthest checkpoint of the folder's only run that is whole, or None."""
+    found = runs.stored_runs(folder / ".dvc/tmp/checkpoints")
+    assert len(found) <= 1
+    for each in reversed([each for run in found for each in run.checkpoints()]):
+        try:
+            checkpoint.load(each.path)
+        except checkpoint.Damaged:
+            continue
+        return each.epochs, each.steps
+    return None
+
+
+def went_on(printed: str) -> tuple[int, int]:
+    """Return the epochs and steps after which a process says that it went on."""
+    if "this run is finished, nothing to train: " in printed:
+        return TINY["num_epochs"], 0
+    found = re.search(r"^going on after (\d+) epochs and (\d+) steps: ", printed, re.MULTILINE)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+BATCH_NORM = {
+    "model_name": "shufflenet_v2_x0_5",
+    "batch_size": 8,
+    "backbone__weights": "none",
+    "backbone__trainable": "all",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "kinds"),
+    [
+        ({"schedule__name": "step", "schedule__step_epochs": 2, "checkpoint_minutes": 0.0}, {"within an epoch"}),
+        ({"schedule__name": "plateau", "schedule__patience": 0}, set()),
+        (BATCH_NORM | {"schedule__name": "cosine", "checkpoint_minutes": 0.003}, {"within an epoch"}),
+        (BATCH_NORM | {"schedule__name": "plateau", "schedule__patience": 0}, set()),
+    ],
+    ids=["frozen, dropout, step, each batch saved", "frozen, dropout, plateau", "batch norm, cosine, within epochs",
+         "batch norm, plateau"],
+)  # fmt: skip
+def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(settings, kinds, folders):
+    reference = folders(**settings)
+    began = time.monotonic()
+    run(reference)
+    killer = Killer(SEED, time.monotonic() - began)
+    expected = evaluated(reference)
+    assert len({row["lr"] for row in checkpoint.load(reference / "models/checkpoint.pt")["history"]}) > 1
+    print(f"killing at moments drawn with seed {SEED}, of a life of {killer.life:.2f} s")
+    while killer.hits["killed"] < KILLS or not all(killer.hits[kind] for kind in kinds | {"training", "writing"}):
+        assert killer.hits["killed"] < 10 * KILLS, killer.hits
+        folder = folders(**settings)
+        killer.train(folder)
+        assert differences(evaluated(folder), expected) == []
+    print(dict(killer.hits))
+
+
+@pytest.mark.slow
+def test_the_script_itself_killed_ends_as_one_that_was_not(folders):
+    settings = {"checkpoint_minutes": 0.0}
+    reference = folders(**settings)
+    run(reference)
+    expected = evaluated(reference)
+    killer = Killer(SEED, life=1.0)
+    print(f"killing at moments drawn with seed {SEED}")
+    while killer.hits["training"] < 2:
+        assert killer.hits["killed"] < 10, killer.hits
+        folder = folders(**settings)
+        killer.train(folder, started, born=TRAINING)
+        assert differences(evaluated(folder), expected) == []
+    print(dict(killer.hits))
+
+
+# Longer, shorter, again -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_more_epochs_go_on_from_fewer_and_end_as_if_asked_at_once(folders):
+    folder, at_once = folders(num_epochs=2), folders(num_epochs=4)
+    assert epochs(run(folder)) == [1, 2]
+    write_params(folder, **TINY | {"num_epochs": 4})
+    printed = run(folder)
+    assert (went_on(printed), epochs(printed)) == ((2, 0), [3, 4])
+    run(at_once)
+    assert differences(evaluated(folder), evaluated(at_once)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [False, True])
+def test_fewer_epochs_end_as_if_more_had_never_been_asked(folders, killed):
+    folder, alone = folders(num_epochs=4, checkpoint_minutes=0.0), folders(num_epochs=2)
+    process = Forked(folder, "train")
+    while process.poll() is None:
+        if killed and "epoch 3/4: " in (folder / "printed.txt").read_text():
+            process.kill()
+    assert process.wait() == (-signal.SIGKILL if killed else 0)
+
+    write_params(folder, **TINY | {"num_epochs": 2})
+    assert set(epochs(run(folder))) <= {1, 2}
+    run(alone)
+    assert differences(evaluated(folder), evaluated(alone)) == []
+
+    write_params(folder, **TINY | {"num_epochs": 4})
+    assert epochs(run(folder)) in ([], [4], [3, 4])
+
+
+@pytest.mark.slow
+def test_with_cosine_a_longer_run_is_another_run(folders):
+    folder = folders(num_epochs=1, schedule__name="cosine")
+    run(folder)
+    write_params(folder, **TINY | {"num_epochs": 2, "schedule__name": "cosine"})
+    assert epochs(run(folder)) == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_finished_run_asked_again_trains_nothing_wherever_it_is_asked(folders, tmp_path):
+    (tmp_path / "store").mkdir()
+    place = {"CHECKPOINTS_DIR": str(tmp_path / "store")}
+    first, second, anew = (folders(num_epochs=2) for _ in range(3))
+    assert epochs(run(first, **place)) == [1, 2]
+    expected = evaluated(first)
+    for folder in (first, second):
+        printed = run(folder, **place)
+        assert "this run is finished, nothing to train: " in printed
+        assert epochs(printed) == []
+        assert differences(evaluated(folder), expected) == []
+    assert not (second / ".dvc/tmp/checkpoints").exists()
+
+    # Settings that the result does not follow from.
+    others = {"checkpoint_minutes": 1.0, "schedule__patience": 9}
+    others["device"] = "cpu" if torch.cuda.is_available() else "auto"
+    write_params(second, **TINY | {"num_epochs": 2} | others)
+    assert epochs(run(second, **place)) == []
+
+    write_params(anew, **TINY | {"num_epochs": 2, "resume": "never"})
+    assert epochs(run(anew, **place)) == [1, 2]
+    assert differences(evaluated(anew), expected) == []
+
+
+@pytest.mark.slow
+def test_other_pictures_weights_or_settings_make_another_run(folders):
+    folder = folders(num_epochs=1)
+    assert epochs(run(folder)) == [1]
+    write_params(folder, **TINY | {"num_epochs": 1, "lr": 0.02})
+    assert epochs(run(folder)) == [1]
+    write_params(folder, **TINY | {"num_epochs": 1})
+    assert epochs(run(folder)) == []
+
+    shutil.copy(folder / "pictures/train/bees/0.png", folder / "pictures/train/ants/0.png")
+    run(folder, "prepare")
+    assert epochs(run(folder)) == [1]
+
+    write_weights(folder, seed=1)
+    run(folder, "backbone")
+    assert epochs(run(folder)) == [1]
+    assert len(runs.stored_runs(folder / ".dvc/tmp/checkpoints")) == 4
+
+
+# What a run's identity is made of -------------------------------------------------------------------------------------
+
+
+def another(key: str, value):
+    """Return another valid value of a setting."""
+    kind = functools.reduce(lambda section, name: section.model_fields[name].annotation, key.split("."), params.Params)
+    if get_args(kind):
+        return next(choice for choice in get_args(kind) if choice != value)
+    if isinstance(value, str):
+        return "cpu" if key == "device" else "other"
+    return not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else value / 2
+
+
+def run_id(settings: dict[str, object] | None = None, **other) -> str:
+    """Return the id of a run with the project's settings but those given, as in {"data.image_size": 32}."""
+    chosen = params.load(ROOT / "params.yaml").model_dump()
+    for key, value in (settings or {}).items():
+        *group, name = key.split(".")
+        (chosen[group[0]] if group else chosen)[name] = value
+    known = {
+        "store_files": {"pixels.bin": {"sha256": "a", "bytes": 1}},
+        "classes": ["ants", "bees"],
+        "backbone": {"model_name": "alexnet", "digest": "b"},
+        "device_type": "cpu",
+        "parent": None,
+    }
+    return runs.run_id(runs.identity(params.Params.model_validate(chosen), **known | other))
+
+
+def flat(settings: dict, prefix: str = "") -> dict[str, object]:
+    """Return {"data.image_size": 224} for {"data": {"image_size": 224}}."""
+    found = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+SETTINGS = flat(params.load(ROOT / "params.yaml").model_dump())
+USED = {  # settings of the schedule, and num_epochs, by the schedule that follows them
+    "constant": set(),
+    "step": {"schedule.gamma", "schedule.step_epochs"},
+    "plateau": {"schedule.gamma", "schedule.patience"},
+    "cosine": {"num_epochs"},
+}
+BY_SCHEDULE = set().union(*USED.values())
+ASIDE = runs.ASIDE | {f"{group}.{name}" for group, names in runs.ASIDE_IN_GROUPS.items() for name in names}
+
+
+@pytest.mark.parametrize("key", sorted(SETTINGS.keys() - BY_SCHEDULE))
+def test_a_setting_makes_another_run_unless_the_result_does_not_follow_from_it(key):
+    assert (run_id({key: another(key, SETTINGS[key])}) == run_id()) == (key in ASIDE)
+
+
+@pytest.mark.parametrize("schedule", USED)
+@pytest.mark.parametrize("key", sorted(BY_SCHEDULE))
+def test_a_setting_of_the_schedule_makes_another_run_where_the_schedule_follows_it(key, schedule):
+    name = {"schedule.name": schedule}
+    assert (run_id(name | {key: another(key, SETTINGS[key])}) != run_id(name)) == (key in USED[schedule])
+
+
+def test_what_is_aside_are_settings():
+    assert SETTINGS.keys() >= ASIDE | BY_SCHEDULE
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"store_files": {"pixels.bin": {"sha256": "c", "bytes": 1}}},
+        {"classes": ["ants", "wasps"]},
+        {"backbone": {"model_name": "alexnet", "digest": "c"}},
+        {"backbone": {"model_name": "vgg11", "digest": "b"}},
+        {"device_type": "cuda"},
+        {"parent": {"run": "d", "epochs": 2}},
+    ],
+)
+def test_other_data_weights_devices_and_parents_make_another_run(other):
+    assert run_id(**other) != run_id()
+
+
+def test_the_parents_epochs_count():
+    assert run_id(parent={"run": "d", "epochs": 2}) != run_id(parent={"run": "d", "epochs": 3})
+
+
+def test_another_version_of_torch_makes_another_run(monkeypatch):
+    before = run_id()
+    monkeypatch.setattr(runs, "version", lambda name: "99")
+    assert run_id() != before
+
+
+CODE = '''
+def scale(x):  # by a lot
+    """Return x, scaled."""
+    return x * 3
+'''
+
+
+@pytest.mark.parametrize(
+    ("source", "same"),
+    [
+        (CODE.replace("  # by a lot", ""), True),
+        (CODE.replace("    return x * 3", "\n\n    # it is\n    return (\n        x * 3\n    )"), True),
+        (CODE.replace("3", "4"), False),
+        (CODE.replace("x * 3", "3 * x"), False),
+        (CODE.replace("scale", "shrink"), False),
+    ],
+)
+def test_comments_and_layout_of_the_code_do_not_count(source, same):
+    assert (runs.code_digest(source) == runs.code_digest(CODE)) is same
+
+
+def test_the_code_that_trains_counts(monkeypatch):
+    assert run_id() == run_id()
+    digests = runs.code_digests()
+    assert {"finetune/runs.py", "finetune/checkpoint.py", "finetune/params.py"} <= digests.keys()
+    before = run_id()
+    monkeypatch.setattr(runs, "code_digests", lambda: digests | {"finetune/checkpoint.py": "changed"})
+    assert run_id() != before
