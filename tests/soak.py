@@ -1,6 +1,6 @@
 """Kill experiments at random moments, for as long as you like, and see that each ends as one that was not killed.
 
-    python tests/soak.py --kills 100              # about 15 s a kill on two cores
+    python tests/soak.py --kills 100              # about 12 s a kill on two cores
     python tests/soak.py --kills 20 --seed 7      # at other moments
 
 Runs `dvc exp run` in a scratch clone of the project, on drawn pictures. At a random moment, in whatever stage or
