@@ -66,8 +66,7 @@ def measure(
     backbones.freeze(model, layers)
     model.to(place)
     optimizer = optim.optimizer(model, lr=1e-4, momentum=0.9)
-    kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    session = checkpoint.Session(model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1), kept)
+    session = checkpoint.Session(model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1))
     run = runs.Run(folder, "0" * 16)
     writer = checkpoint.Writer(run, 10**4, {"run": run.name}, limit=float("inf"))
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}

@@ -9,6 +9,7 @@ removed here is trained from zero when it is asked for again.
 """
 
 import argparse
+from collections.abc import Collection
 
 from finetune import runs, stage
 from finetune.errors import UserError, nearest
@@ -27,7 +28,7 @@ def main() -> None:
     store = runs.store_folder()
     stored = runs.stored_runs(store)
     if arguments.command == "remove":
-        chosen = stored if arguments.all else [_named(each, stored) for each in arguments.runs]
+        chosen = stored if arguments.all else dict.fromkeys(_named(each, stored) for each in arguments.runs)
         _remove(chosen)
     else:
         _print_table(stored)
@@ -42,7 +43,7 @@ def _named(start: str, stored: list[runs.Run]) -> runs.Run:
     return found[0]
 
 
-def _remove(chosen: list[runs.Run]) -> None:
+def _remove(chosen: Collection[runs.Run]) -> None:
     kept = [run.name for run in chosen if not run.remove()]
     print(f"removed {len(chosen) - len(kept)} runs")
     if kept:
@@ -54,7 +55,7 @@ def _print_table(stored: list[runs.Run]) -> None:
     for run in stored:
         checkpoints = run.checkpoints()
         last = checkpoints[-1] if checkpoints else None
-        state = "in use" if run.in_use() else "finished" if last and last.finished else "unfinished"
+        state = "in use" if run.in_use() else "finished" if run.is_finished else "unfinished"
         epochs = f"{last.epochs}" + f" + {last.steps} steps" * bool(last.steps) if last else "0"
         about = run.about
         model, experiment, parent = (about.get(key) or "-" for key in ("model_name", "experiment", "parent"))

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from finetune import augment, backbones, checkpoint, device, lineage, metrics, optim, params, runs, stage, training
 from finetune.datasets import check_num_classes, listing
+from finetune.errors import explained
 from finetune.images import ImageStore
 
 import torch
@@ -41,9 +42,7 @@ def main() -> None:
     pretrained, backbone = backbones.read(Path("models/backbone.safetensors"))
     # What a checkpoint on top of which another run trains must agree in with that one's settings.
     base = {"model_name": backbone["model_name"], "classes": store.classes, "weights": backbone["digest"]}
-    parent, origin = lineage.find(settings.resume, base), None
-    if parent:
-        origin = {"run": parent[1]["run"], "epochs": len(parent[1]["history"])}
+    parent = lineage.find(settings.resume, base)
 
     torch.manual_seed(settings.seed)  # of the layers without pretrained weights
     model = backbones.build(settings.model_name, settings.num_classes, settings.data.image_size)
@@ -52,20 +51,19 @@ def main() -> None:
     model.to(place)
     optimizer = optim.optimizer(model, settings.lr, settings.momentum)
     schedule = optim.schedule(optimizer, settings.schedule, settings.num_epochs)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    kept = trained | {name for name, _ in model.named_buffers()}
-    session = checkpoint.Session(model, optimizer, schedule, kept, started=started)
+    session = checkpoint.Session(model, optimizer, schedule, started=started)
     if parent:
-        session.inherit(parent[1])
+        session.inherit(*parent)
         print(f"on top of {parent[0]}, which has {len(session.history)} epochs")
     epochs = len(session.history) + settings.num_epochs
 
+    origin = {key: session.lineage[-1][key] for key in ("run", "epochs")} if parent else None
     identity = runs.identity(settings, store.manifest["files"], store.classes, backbone, place.type, origin)
     run = runs.Run(runs.store_folder(), runs.run_id(identity))
     about = base | {"run": run.name, "experiment": os.environ.get("DVC_EXP_NAME")}
     with run.held(about | {"parent": parent and parent[0], "identity": identity}):
         if settings.resume == "never":
-            run.forget()
+            run.begin_anew()
         go_on(session, run, epochs)
         limit = settings.checkpoint_store_gb * 1e9
         with checkpoint.Writer(run, epochs, about, limit) as writer, logged(Path("results/train")) as live:
@@ -75,7 +73,7 @@ def main() -> None:
                 log(live, row)
             with stage.deferred_signals() as stopped:
                 train(session, settings, store, backbone, epochs, writer, live, stopped)
-        checkpoint.place(run.finish(epochs), Path("models/checkpoint.pt"))
+        checkpoint.put(run.finish(epochs), Path("models/checkpoint.pt"))
     about_model = {name: backbone[name] for name in ("model_name", "mean", "std")} | {
         "classes": store.classes,
         "image_size": settings.data.image_size,
@@ -199,7 +197,8 @@ def logged(folder: Path) -> Iterator[Live]:
         with Live(str(folder), dvcyaml=None, save_dvc_exp=False) as live:
             yield live
     except OSError as error:
-        if error.filename is None or Path(error.filename).is_relative_to(folder):
+        ours = error.filename is None or Path(error.filename).is_relative_to(folder)
+        if ours and explained(error):
             shutil.rmtree(folder, ignore_errors=True)  # the checkpoints have the history: the next run writes it all
             error.filename = str(folder)
         raise

@@ -1,10 +1,14 @@
 """What several tests need: small pictures, settings, and a script run as a user runs it."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from finetune import checkpoint
+from finetune.digests import digest
 
 import numpy as np
 from PIL import Image
@@ -73,3 +77,26 @@ def dvc(folder: Path, *arguments: str, status: int = 0, **variables: str) -> str
     result = subprocess.run(["dvc", *arguments], cwd=folder, env=as_user(folder) | variables, **outputs)
     assert result.returncode == status, result.stdout
     return result.stdout
+
+
+def results(folder: Path) -> dict[str, str | bytes]:
+    """Return all that came of a run but the time it took, in terms of bits."""
+    state = checkpoint.load(folder / "models/checkpoint.pt")
+    curves = {file.stem: file.read_bytes() for file in (folder / "results/train/plots/metrics").glob("*.tsv")}
+    metrics = json.loads((folder / "results/train/metrics.json").read_text())
+    rows = [{name: value for name, value in row.items() if name != "training_time"} for row in state["history"]]
+    assert {"lr", "acc", "val_loss", "training_time"} <= curves.keys()
+    del curves["training_time"], metrics["training_time"]
+    return {
+        "weights": (folder / "models/model.safetensors").read_bytes(),
+        "predictions": (folder / "results/evaluate/predictions.csv").read_bytes(),
+        "history": digest(rows),
+        "metrics": digest(metrics),
+        **{f"checkpoint's {name}": digest(state[name]) for name in ("model", "optimizer", "schedule")},
+        **{f"curve of {name}": content for name, content in curves.items()},
+    }
+
+
+def differences(one: dict, other: dict) -> list[str]:
+    """Return the names of the results that are not equal to the bit."""
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))

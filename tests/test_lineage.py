@@ -47,7 +47,7 @@ def test_the_walkthrough_of_resume(tmp_path):
     assert trained(dvc(project, "exp", "run", "-S", "num_epochs=1")) == ["5"]
     assert metrics(project)["continues"] == second
     lineage = checkpoint.load(project / "models/checkpoint.pt")["lineage"]
-    assert [(run["experiment"], run["epochs"]) for run in lineage] == [(first, 2), (second, 4)]
+    assert [(run["name"], run["epochs"]) for run in lineage] == [(first, 2), (second, 4)]
     assert "Stage 'train' didn't change, skipping" in dvc(project, "exp", "run")  # the same command is the same run
 
     printed = dvc(project, "exp", "run", "-S", "resume=never", "-S", "model_name=mobilenet_v3_small")

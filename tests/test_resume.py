@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import json
 import multiprocessing
 import os
 import re
@@ -16,8 +15,7 @@ from pathlib import Path
 from typing import get_args
 
 from finetune import checkpoint, params, runs, stage
-from finetune.digests import digest
-from helpers import ROOT, make_pictures, write_params
+from helpers import ROOT, differences, make_pictures, results, write_params
 
 import numpy as np
 import pytest
@@ -112,29 +110,6 @@ def evaluated(folder: Path) -> dict[str, str | bytes]:
     """Evaluate the model; return all that came of the run."""
     run(folder, "evaluate")
     return results(folder)
-
-
-def results(folder: Path) -> dict[str, str | bytes]:
-    """Return all that came of a run but the time it took, in terms of bits."""
-    state = checkpoint.load(folder / "models/checkpoint.pt")
-    curves = {file.stem: file.read_bytes() for file in (folder / "results/train/plots/metrics").glob("*.tsv")}
-    metrics = json.loads((folder / "results/train/metrics.json").read_text())
-    rows = [{name: value for name, value in row.items() if name != "training_time"} for row in state["history"]]
-    assert {"lr", "acc", "val_loss", "training_time"} <= curves.keys()
-    del curves["training_time"], metrics["training_time"]
-    return {
-        "weights": (folder / "models/model.safetensors").read_bytes(),
-        "predictions": (folder / "results/evaluate/predictions.csv").read_bytes(),
-        "history": digest(rows),
-        "metrics": digest(metrics),
-        **{f"checkpoint's {name}": digest(state[name]) for name in ("model", "optimizer", "schedule")},
-        **{f"curve of {name}": content for name, content in curves.items()},
-    }
-
-
-def differences(one: dict, other: dict) -> list[str]:
-    """Return the names of the results that are not equal to the bit."""
-    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
 # Folders --------------------------------------------------------------------------------------------------------------

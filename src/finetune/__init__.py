@@ -6,6 +6,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+PARENT = os.getppid()  # of when the process began: it may be killed while torch is being imported
+
 # Importing torch takes seconds, in which Ctrl-C would show a traceback of torch's. From then on, stage.run handles it.
 _script = getattr(sys.modules["__main__"], "__file__", None)
 _is_ours = _script and Path(_script).resolve().parent == Path(__file__).resolve().parent.parent

@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,15 +33,19 @@ class Session:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
-    kept: set[str]  # names of the tensors that are not the backbone's: what trains, buffers, and what a parent trained
     lineage: list[dict] = field(default_factory=list)  # the runs that this one trains on top of, the first one first
     history: list[dict] = field(default_factory=list)  # a row for each complete epoch, with those of the lineage
     sums: dict[str, float] = field(default_factory=dict)  # of the epoch that has begun, see training.Sums
     seconds: float = 0.0  # that the run has taken so far, but for those since `started`
     started: float = field(default_factory=time.perf_counter)
 
+    def __post_init__(self):
+        # The names of the tensors that are not the backbone's: what trains, buffers, and what a parent has trained.
+        self.kept = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        self.kept |= {name for name, _ in self.model.named_buffers()}
+
     def elapsed(self) -> float:
-        """Return the seconds that the run has taken, those of processes that were killed since their save apart."""
+        """Return the run's seconds of training; what a killed process did after its last save does not count."""
         return self.seconds + time.perf_counter() - self.started
 
     def state(self) -> dict[str, Any]:
@@ -66,32 +71,33 @@ class Session:
         self.lineage, self.history, self.sums = state["lineage"], state["history"], state["sums"]
         self.seconds, self.started = state["seconds"], time.perf_counter()
 
-    def inherit(self, state: dict[str, Any]) -> None:
+    def inherit(self, name: str, state: dict[str, Any]) -> None:
         """Begin on top of a finished run: with its tensors, its history, and what its optimizer remembers of each.
 
-        The settings, learning rate and schedule are this run's own.
+        The settings, learning rate and schedule are this run's own. Raises UserError where a tensor does not fit.
         """
         self._take_tensors(state["model"])
         self.kept |= set(state["model"])
-        known = {
-            name: state["optimizer"]["state"].get(index)
-            for group in state["optimizer"]["param_groups"]
-            for name, index in zip(group["param_names"], group["params"], strict=True)
-        }
-        own = self.optimizer.state_dict()
-        for group in own["param_groups"]:
-            for name, index in zip(group["param_names"], group["params"], strict=True):
-                if known.get(name):
-                    own["state"][index] = known[name]
-        self.optimizer.load_state_dict(own)
-        self.lineage = [*state["lineage"], {"run": state["run"], "experiment": state["experiment"],
-                                            "epochs": len(state["history"])}]  # fmt: skip
+        memories = _by_name(state["optimizer"])
+        if any(memory.get("momentum_buffer") is not None for memory in memories.values()):
+            # Fused SGD takes momentum for all or for none; zeros are what a first step begins with.
+            own, parameters = self.optimizer.state_dict(), dict(self.model.named_parameters())
+            for each, index in _indices(own):
+                zeros = {"momentum_buffer": torch.zeros_like(parameters[each])}
+                own["state"][index] = memories.get(each) or zeros
+            self.optimizer.load_state_dict(own)
+        self.lineage = [*state["lineage"], {"run": state["run"], "name": name, "epochs": len(state["history"])}]
         self.history, self.seconds = state["history"], state["seconds"]
 
     @torch.no_grad()
     def _take_tensors(self, tensors: dict[str, Tensor]) -> None:
         own = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         for name, tensor in tensors.items():
+            if name not in own or own[name].shape != tensor.shape:
+                raise UserError(
+                    f"the checkpoint's {name} is {tuple(tensor.shape)}, and does not fit this model.\n"
+                    "Set data.image_size as it was, or resume=auto to begin anew."
+                )
             own[name].copy_(tensor)
 
 
@@ -108,7 +114,7 @@ class Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Have nothing written any more, when the run is let go of; what went wrong with it is not raised."""
+        """Wait for the last write, before the run is let go of. Its error, if any, is not raised here."""
         self._thread.shutdown()
 
     def save(self, session: Session) -> None:
@@ -162,21 +168,23 @@ def newest(run: Run, epochs: int) -> tuple[dict[str, Any], Path] | None:
     One that is damaged is named, and the one before it taken. Raises UserError where none of them is whole.
     """
     found = [each for each in run.checkpoints() if (each.epochs, each.steps) <= (epochs, 0)]
-    problems = []
+    damaged = {}
     for each in reversed(found):
         try:
             state = load(each.path)
             if state["run"] != run.name:
                 raise Damaged(f"is of another run, {state['run']}")
         except Damaged as error:
-            problems.append(f"{each.path} {error}")
+            damaged[each.path] = error
             continue
-        for problem in problems:
-            print(f"warning: {problem}: taking the checkpoint before it", file=sys.stderr)
+        for path, error in damaged.items():
+            print(f"warning: {path} {error}: taking the checkpoint before it", file=sys.stderr)
+            path.rename(f"{path}.damaged")  # or it would be taken for further than those to come
         return state, each.path
-    if problems:
+    if damaged:
+        problems = "; ".join(f"{path} {error}" for path, error in damaged.items())
         raise UserError(
-            "no checkpoint of this run is whole: " + "; ".join(problems) + ".\n"
+            f"no checkpoint of this run is whole: {problems}.\n"
             f"Bring the files back, or train anew: `python src/checkpoints.py remove {run.name}`, then the same again."
         )
     return None
@@ -187,13 +195,24 @@ def steps(state: dict[str, Any]) -> int:
     return int(state["sums"].get("steps", 0))
 
 
-def place(stored: Path, target: Path) -> None:
+def put(stored: Path, target: Path) -> None:
     """Put a stored checkpoint at `target`: as another name of the same file where the disk is the same, else a copy."""
     with replaced(target) as temporary:
         try:
             os.link(stored, temporary)
         except OSError:
             shutil.copyfile(stored, temporary)
+
+
+def _indices(optimizer: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """Yield the name of each parameter in an optimizer's state, and its index there."""
+    for group in optimizer["param_groups"]:
+        yield from zip(group["param_names"], group["params"], strict=True)
+
+
+def _by_name(optimizer: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what an optimizer's state remembers of each parameter."""
+    return {name: optimizer["state"].get(index, {}) for name, index in _indices(optimizer)}
 
 
 def _copied(value: Any) -> Any:

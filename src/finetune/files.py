@@ -22,6 +22,7 @@ def replaced(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # of a process that was killed; it may be a link to another file
     try:
         yield temporary
         with open(temporary, "rb") as file:

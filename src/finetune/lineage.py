@@ -56,16 +56,20 @@ def _get(repository: str, revision: list[str], resume: str) -> dict[str, Any]:
         command = [sys.executable, "-m", "dvc", "get", repository, str(CHECKPOINT), "-o", str(target), *revision]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
+            errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR:")] or ["no reason given"]
+            ways = "`dvc pull models/checkpoint.pt`" if resume == "last" else (
+                f"`dvc exp pull <git remote> {resume}`, or for a branch `dvc fetch --all-branches`"
+            )  # fmt: skip
             raise UserError(
-                f"resume = {resume}: its checkpoint is neither in DVC's cache nor in its remote "
-                f"({(result.stderr.strip() or 'no reason given').splitlines()[0].removeprefix('ERROR: ')}).\n"
-                f"Get it with `dvc exp pull <git remote> {resume}`, or let who has it `dvc exp push` it."
+                f"resume = {resume}: can't get its checkpoint ({errors[-1].removeprefix('ERROR: ')}).\n"
+                f"Where it is not in DVC's cache: {ways}."
             )
         try:
             return checkpoint.load(target)
         except checkpoint.Damaged as error:
             raise UserError(
-                f"resume = {resume}: {CHECKPOINT} of it {error}. Name another one, or set resume=auto."
+                f"resume = {resume}: {CHECKPOINT} of it {error}.\n"
+                "Get it again from a DVC remote, name another one, or set resume=auto."
             ) from None
 
 

@@ -61,7 +61,7 @@ def identity(
         "device": device_type,
         "parent": parent,
         "code": code_digests(),
-        "versions": {name: version(name) for name in ("torch", "torchvision")},
+        "versions": {name: version(name) for name in ("numpy", "torch", "torchvision")},
     }
 
 
@@ -73,7 +73,7 @@ def run_id(identity: dict) -> str:
 def code_digests() -> dict[str, str]:
     """Return the digest of each of the project's files that this process has imported, by name.
 
-    Of what the code says, not how it is written: neither comments nor layout count.
+    Of what the code does, not how it is written: neither comments, docstrings nor layout count.
     """
     files = {Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
     own = sorted(file for file in files if file.is_relative_to(SOURCES) and file.suffix == ".py")
@@ -81,8 +81,12 @@ def code_digests() -> dict[str, str]:
 
 
 def code_digest(source: str) -> str:
-    """Return the sha256 of Python source, comments and layout apart."""
-    return hashlib.sha256(ast.dump(ast.parse(source)).encode()).hexdigest()
+    """Return the sha256 of Python source as this version of Python reads it: no comments, docstrings or layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
 # The store ----------------------------------------------------------------------------------------------------------
@@ -119,7 +123,7 @@ class Run:
         """
         lock = self._lock()
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=1)  # longer than one needs that only looks whether it is held
         except Timeout:
             print(f"another process is training this very run ({self.name}): waiting, to take its result")
             lock.acquire()
@@ -149,6 +153,7 @@ class Run:
         if path.exists():
             path.replace(finished)
         self.tidy(epochs)
+        self._anew.unlink(missing_ok=True)
         return finished
 
     def tidy(self, epochs: int) -> None:
@@ -162,10 +167,12 @@ class Run:
         for each in way if there else way[:-KEPT]:
             each.path.unlink()
 
-    def forget(self) -> None:
-        """Remove the run's checkpoints."""
-        for each in self.checkpoints():
-            each.path.unlink()
+    def begin_anew(self) -> None:
+        """Remove the run's checkpoints, once: if it is killed then, those it has had since stay until it is done."""
+        if not self._anew.exists():
+            for each in self.checkpoints():
+                each.path.unlink()
+            self._anew.touch()
 
     def remove(self) -> bool:
         """Remove the run from the store, unless a process holds it; tell whether it is gone."""
@@ -175,7 +182,8 @@ class Run:
         except Timeout:
             return False
         try:
-            shutil.rmtree(self.folder)
+            with suppress(FileNotFoundError):  # another process was first
+                shutil.rmtree(self.folder)
         finally:
             lock.release()
         return True
@@ -189,6 +197,12 @@ class Run:
             return True
         lock.release()
         return False
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has got as far as it was asked to, and no process has taken it further since."""
+        found = self.checkpoints()
+        return bool(found) and found[-1].finished
 
     @cached_property
     def about(self) -> dict:
@@ -214,6 +228,10 @@ class Run:
             with suppress(FileNotFoundError):
                 yield file.stat()
 
+    @property
+    def _anew(self) -> Path:
+        return self.folder / "anew"
+
     def _lock(self) -> FileLock:
         return FileLock(self.store / "locks" / self.name)
 
@@ -238,12 +256,13 @@ def make_room(store: Path, limit: float) -> None:
     """
     runs = stored_runs(store)
     total = sum(run.bytes for run in runs)
-    for run in sorted(runs, key=lambda run: not any(each.finished for each in run.checkpoints())):  # keeps the order
+    for run in sorted(runs, key=lambda run: not run.is_finished):  # keeps the order
         if total <= limit:
             return
         size = run.bytes
-        if run.remove():
-            total -= size
+        with suppress(OSError):  # another user's, perhaps
+            if run.remove():
+                total -= size
 
 
 def age(saved: float) -> float:

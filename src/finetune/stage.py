@@ -6,12 +6,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
+from finetune import PARENT
 from finetune.errors import UserError, explained
 
 POLL = 0.5  # seconds
+END = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # the latter: a closed terminal
 
 
 class Interrupted(Exception):
@@ -25,9 +27,10 @@ def run(main: Callable[[], None]) -> None:
     """
     sys.stdout.reconfigure(line_buffering=True)  # a queue's log is to grow while the stage works
     _handle(signal.SIGINT, signal.default_int_handler)
-    _handle(signal.SIGTERM, _interrupt)
+    for number in END:
+        _handle(number, _interrupt)
     if "DVC_ROOT" in os.environ:
-        threading.Thread(target=_stop_with_parent, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
         main()
     except UserError as error:
@@ -45,7 +48,7 @@ def run(main: Callable[[], None]) -> None:
 
 @contextmanager
 def deferred_signals() -> Iterator[Callable[[], signal.Signals | None]]:
-    """Have SIGINT and SIGTERM wait: yield a function that returns the one that came, or None.
+    """Have SIGINT, SIGTERM and SIGHUP wait: yield a function that returns the one that came, or None.
 
     So that the caller can stop where it likes. A second Ctrl-C ends the process at once; a second SIGTERM does not, for
     a cluster sends one to all processes of a job, and then comes ours, for DVC has gone.
@@ -56,9 +59,10 @@ def deferred_signals() -> Iterator[Callable[[], signal.Signals | None]]:
         came.append(signal.Signals(number))
         if len(came) == 1:
             _handle(signal.SIGINT, signal.SIG_DFL)
-            os.write(2, f"\n{came[0].name}: finishing the batch and saving; Ctrl-C stops at once\n".encode())
+            with suppress(OSError):  # the terminal is gone
+                os.write(2, f"\n{came[0].name}: finishing the batch and saving; Ctrl-C stops at once\n".encode())
 
-    before = {number: _handle(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: _handle(number, note) for number in (signal.SIGINT, *END)}
     try:
         yield lambda: came[0] if came else None
     finally:
@@ -79,8 +83,8 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt(number)
 
 
-def _stop_with_parent(parent: int) -> None:
+def _stop_with_parent() -> None:
     """Stop this process when DVC is gone, or it would go on writing beside the next run."""
-    while os.getppid() == parent:
+    while os.getppid() == PARENT:
         time.sleep(POLL)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -61,7 +61,7 @@ class Sums:
     """Running sums over the pictures of an epoch. They stay on the device: asking for their values waits for it."""
 
     def __init__(self, device: torch.device, epoch: int, start: dict[str, float]):
-        """Begin where `values` was, or at zero where `start` is empty."""
+        """Begin at what `values` returned once, or at zero where `start` is empty."""
         self.epoch = epoch
         self.steps, self.count = int(start.get("steps", 0)), int(start.get("count", 0))
         number = {"dtype": torch.float64, "device": device}
