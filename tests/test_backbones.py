@@ -9,7 +9,6 @@ import pytest
 import torch
 import torchvision
 from safetensors.torch import save_file
-from torch import nn
 
 MODELS = torchvision.models.list_models(module=torchvision.models)
 SIZES = {"alexnet": 63, "inception_v3": 75, "maxvit_t": 224, "vit_h_14": 28, "efficientnet_v2_l": 33}  # px; others: 32
@@ -17,18 +16,16 @@ SIZES = {"alexnet": 63, "inception_v3": 75, "maxvit_t": 224, "vit_h_14": 28, "ef
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_every_torchvision_classifier_builds_with_its_head_replaced(monkeypatch, name):
-    # Cutting off the normal distribution's tails takes most of the largest models' time, and is not what is tested.
-    monkeypatch.setattr(
-        nn.init, "trunc_normal_", lambda tensor, mean=0, std=1, *_, **__: tensor.data.normal_(mean, std)
-    )
-    torch.manual_seed(0)
+def test_every_torchvision_classifier_builds_with_its_head_replaced(name):
     size = SIZES.get(name, 32)
-    model = backbones.build(name, 3, size)
-    head = backbones.head_name(model)
-    backbones.freeze(model, [head])
-    backbones.train_mode(model)
-    logits = model(torch.rand(2, 3, size, size))
+    with torch.device(
+        "cpu" if name.startswith("regnet") else "meta"
+    ):  # shapes alone, but for one that asks for numbers
+        model = backbones.build(name, 3, size)
+        head = backbones.head_name(model)
+        backbones.freeze(model, [head])
+        backbones.train_mode(model)
+        logits = model(torch.rand(2, 3, size, size))
     assert logits.shape == (2, 3)
     logits.sum().backward()
     trained = [n for n, p in model.named_parameters() if p.grad is not None]

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import mean
 
 from finetune import datasets
 from helpers import clone, dvc, git, make_pictures, write_params
@@ -178,13 +177,12 @@ def test_the_demo_learns_and_leaves_the_workspace_as_it_was(tmp_path):
     not (os.environ.get("DATA_ARCHIVE") and os.environ.get("WEIGHTS_DIR")),
     reason="DATA_ARCHIVE and WEIGHTS_DIR do not say where the real pictures and weights are",
 )
-@pytest.mark.parametrize(("model", "least"), [("alexnet", 0.86), ("squeezenet", 0.85)])
+@pytest.mark.parametrize(("model", "least"), [("alexnet", 0.85), ("squeezenet", 0.88)])
 def test_the_defaults_reach_their_accuracy_on_the_real_pictures(tmp_path, model, least):
     project = clone(tmp_path / "project", model_name=model)
     places = {name: os.path.relpath(os.environ[name], project) for name in ("DATA_ARCHIVE", "WEIGHTS_DIR")}
-    for seed in range(3):
-        printed = dvc(project, "exp", "run", "-S", f"seed={seed}", **places)
-        assert seed or "prepared 244 train and 153 val pictures of 2 classes (ants, bees)" in printed
-    rows = experiments(project)
-    assert all(row["val_acc"] == row["eval.acc"] for row in rows)
-    assert mean(float(row["val_acc"]) for row in rows) >= least, rows
+    printed = dvc(project, "exp", "run", **places)
+    assert "prepared 244 train and 153 val pictures of 2 classes (ants, bees)" in printed
+    (row,) = experiments(project)
+    assert row["val_acc"] == row["eval.acc"]
+    assert float(row["val_acc"]) >= least
