@@ -1,6 +1,6 @@
 """What saving costs: seconds per epoch with checkpoints written beside the training, before it goes on, and not at all.
 
-    python benchmarks/checkpoints.py    # about five minutes on 2 cores; needs neither pictures nor weights
+    python benchmarks/checkpoints.py    # about eight minutes on 2 cores; needs neither pictures nor weights
 
 SqueezeNet with a frozen trunk and AlexNet fully fine-tuned, on drawn pictures of 224 px, from random weights. The three
 ways take turns, two epochs each; what is printed are medians, and ratios to the epochs without saving.
@@ -28,7 +28,7 @@ BLOCK = 2  # epochs with a checkpoint each, the last one's writing included
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=4, help="timed blocks of each way")
+    parser.add_argument("--rounds", type=int, default=3, help="timed blocks of each way")
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     place = device.choose(arguments.device)
