@@ -22,4 +22,4 @@ demo: setup
 test: setup
 	$(IN_VENV) ruff check .
 	$(IN_VENV) ruff format --check .
-	$(IN_VENV) python -m pytest -m "" -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(IN_VENV) python -m pytest -m "" -n 3 --dist worksteal
