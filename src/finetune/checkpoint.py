@@ -167,9 +167,8 @@ def newest(run: Run, epochs: int) -> tuple[dict[str, Any], Path] | None:
 
     One that is damaged is named, and the one before it taken. Raises UserError where none of them is whole.
     """
-    found = [each for each in run.checkpoints() if (each.epochs, each.steps) <= (epochs, 0)]
     damaged = {}
-    for each in reversed(found):
+    for each in reversed(run.checkpoints(epochs)):
         try:
             state = load(each.path)
             if state["run"] != run.name:

@@ -12,6 +12,7 @@ store belongs to the main checkout (DVC_ROOT), as DVC removes the folder of a qu
 import ast
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -138,9 +139,10 @@ class Run:
         finally:
             lock.release()
 
-    def checkpoints(self) -> list[Checkpoint]:
-        """Return the run's checkpoints, the furthest last."""
-        return sorted(filter(None, map(Checkpoint.at, self.folder.glob("*.pt"))))
+    def checkpoints(self, epochs: float = math.inf) -> list[Checkpoint]:
+        """Return the run's checkpoints of up to that many epochs, the furthest last."""
+        found = filter(None, map(Checkpoint.at, self.folder.glob("*.pt")))
+        return sorted(each for each in found if (each.epochs, each.steps) <= (epochs, 0))
 
     def path(self, epochs: int, steps: int) -> Path:
         """Return where the checkpoint of that moment belongs."""
@@ -161,7 +163,7 @@ class Run:
 
         Not those that are further, of a longer run that was interrupted.
         """
-        found = [each for each in self.checkpoints() if (each.epochs, each.steps) <= (epochs, 0)]
+        found = self.checkpoints(epochs)
         way = [each for each in found if not each.finished]
         there = found and found[-1].finished and found[-1].epochs == epochs
         for each in way if there else way[:-KEPT]:
@@ -176,27 +178,16 @@ class Run:
 
     def remove(self) -> bool:
         """Remove the run from the store, unless a process holds it; tell whether it is gone."""
-        lock = self._lock()
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return False
-        try:
-            with suppress(FileNotFoundError):  # another process was first
-                shutil.rmtree(self.folder)
-        finally:
-            lock.release()
-        return True
+        with self._held_if_free() as free:
+            if free:
+                with suppress(FileNotFoundError):  # another process was first
+                    shutil.rmtree(self.folder)
+        return free
 
     def in_use(self) -> bool:
         """Tell whether a process holds the run."""
-        lock = self._lock()
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return True
-        lock.release()
-        return False
+        with self._held_if_free() as free:
+            return not free
 
     @property
     def is_finished(self) -> bool:
@@ -231,6 +222,20 @@ class Run:
     @property
     def _anew(self) -> Path:
         return self.folder / "anew"
+
+    @contextmanager
+    def _held_if_free(self) -> Iterator[bool]:
+        """Hold the run where no process does; yield whether that is so."""
+        lock = self._lock()
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
 
     def _lock(self) -> FileLock:
         return FileLock(self.store / "locks" / self.name)
