@@ -1,6 +1,6 @@
 """YAML files as typed, validated objects, with errors that name the key, its value and what is allowed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,10 +20,11 @@ class Section(BaseModel):
 S = TypeVar("S", bound=Section)
 
 
-def read(path: str | Path, kind_of: Callable[[Any], type[S]]) -> S:
+def read(path: str | Path, kind_of: Callable[[Any], type[S]], changes: Sequence[str] = ()) -> S:
     """Return what the YAML file at `path` holds, as the kind of section that `kind_of` chooses for its contents.
 
-    Raises UserError, one line for each key that is unknown, missing, of the wrong type or out of range.
+    With `changes`, each "key=value" or "group.key=value" in YAML. Raises UserError, one line for each key that is
+    unknown, missing, of the wrong type or out of range.
     """
     try:
         contents = YAML(typ="safe").load(Path(path))
@@ -31,11 +32,29 @@ def read(path: str | Path, kind_of: Callable[[Any], type[S]]) -> S:
         raise UserError(f"{path} is missing. Run from the project's top folder.") from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    for change in changes:
+        _apply(change, contents)
     kind = kind_of(contents)
     try:
         return kind.model_validate(contents)
     except ValidationError as error:
         raise UserError("\n".join(f"{path}: {_explain(each, _keys(kind))}" for each in error.errors())) from None
+
+
+def _apply(change: str, contents: Any) -> None:
+    """Make a change such as "data.limit=20" in the contents of a file."""
+    key, equals, value = change.partition("=")
+    *groups, name = key.split(".")
+    try:
+        if not equals:
+            raise ValueError("it has no =")
+        for group in groups:
+            contents = contents[group]
+        contents[name] = YAML(typ="safe").load(value)
+    except (KeyError, TypeError):
+        raise UserError(f"-S {change}: there is no group {'.'.join(groups)}.") from None
+    except (YAMLError, ValueError) as error:
+        raise UserError(f"-S {change}: {str(error).splitlines()[0]}. Write it as -S lr=0.01") from None
 
 
 def _explain(error: dict, known: list[str]) -> str:
