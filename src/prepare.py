@@ -3,6 +3,8 @@
     dvc repro prepare
     DATA_ARCHIVE=~/hymenoptera_data.zip dvc repro prepare    # instead of downloading the recipe's archive
     dvc exp run -S data.source=data/flowers -S num_classes=5 # <class>/…, or train/<class>/… and val/<class>/…
+    dvc exp run --queue -S data.folds=5 -S 'data.fold=range(5)'  # cross-validation; src/summarize.py tells the mean
+    dvc exp run -S data.limit=40                             # 40 pictures of each split, for a quick try
 
 Its manifest.json says what is in the store: classes, counts, mean and std, and what was skipped and why.
 """
@@ -30,7 +32,14 @@ def main() -> None:
     with images.scratch_beside(OUTPUT) as scratch:
         dataset = sources.load(settings.data.source, os.environ.get("DATA_ARCHIVE"), cache, scratch / "source")
         datasets.check_num_classes(settings.num_classes, dataset.classes, settings.data.source)
-        dataset = datasets.with_val(dataset, settings.data.val_fraction, settings.data.split_seed)
+        split = {
+            "val_fraction": settings.data.val_fraction,
+            "folds": settings.data.folds,
+            "fold": settings.data.fold,
+            "split_seed": settings.data.split_seed,
+            "limit": settings.data.limit,
+        }
+        dataset = choose(dataset, settings.data.source, **split)
         datasets.check_counts(datasets.count(dataset.pictures, dataset), settings.data.source)
 
         needed = len(dataset.pictures) * 4 * settings.data.resize**2 / 1e6  # RGB, sides 4:3
@@ -40,9 +49,28 @@ def main() -> None:
         check_skipped(dataset, shards, settings.data.max_skipped)
         datasets.check_counts(datasets.count((each.picture for each in shards.stored), dataset), settings.data.source)
 
-        manifest = images.write_manifest(scratch / "store", dataset, shards, settings.data.source, settings.data.resize)
+        made_with = {"source": settings.data.source, "resize": settings.data.resize} | split
+        manifest = images.write_manifest(scratch / "store", dataset, shards, **made_with)
         images.replace(scratch / "store", OUTPUT)
     report(manifest, time.perf_counter() - start)
+
+
+def choose(
+    dataset: datasets.Dataset, source: str, *, val_fraction: float, folds: int, fold: int, split_seed: int, limit: int
+) -> datasets.Dataset:
+    """Return the data set split and limited as the settings say; tell the user what is left out by them."""
+    if folds:
+        before = sum(picture.split == "val" for picture in dataset.pictures)
+        dataset = datasets.with_fold(dataset, folds, fold, split_seed, source)
+        aside = f", {before:,} val pictures set aside" if before else ""
+        print(f"fold {fold} of {folds} (0 to {folds - 1}) validates{aside}")
+    else:
+        dataset = datasets.with_val(dataset, val_fraction, split_seed)
+    if limit:
+        before = len(dataset.pictures)
+        dataset = datasets.limited(dataset, limit, split_seed)
+        print(f"limited to {len(dataset.pictures):,} of {before:,} pictures: data.limit = {limit}")
+    return dataset
 
 
 def check_skipped(dataset: datasets.Dataset, shards: images.Shards, max_skipped: float) -> None:

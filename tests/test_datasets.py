@@ -4,11 +4,13 @@ import functools
 import hashlib
 import http.server
 import io
+import itertools
 import os
 import shutil
 import tarfile
 import threading
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 from finetune import archives, datasets, drawing, files, sources
@@ -175,6 +177,154 @@ def test_a_val_folder_is_left_as_it_is(tmp_path):
     make_pictures(tmp_path, {"train/ants": 4, "train/bees": 4, "val/ants": 1, "val/bees": 1})
     dataset = datasets.read(tmp_path, "pictures")
     assert datasets.with_val(dataset, 0.5, 0) is dataset
+
+
+def with_fold(dataset: datasets.Dataset, folds: int, fold: int, seed: int = 0) -> datasets.Dataset:
+    return datasets.with_fold(dataset, folds, fold, seed, "pictures")
+
+
+def sizes(part_of: dict[str, int], folds: int, names) -> list[int]:
+    return [sum(part_of[name] == part for name in names) for part in range(folds)]
+
+
+@pytest.mark.parametrize("counts", [(20, 20), (7, 8, 9), (6, 6, 6, 6, 6), (5, 5), (11, 13, 17, 9)])
+@pytest.mark.parametrize("folds", [2, 3, 5])
+def test_the_parts_of_each_class_and_of_all_differ_by_one_at_most(counts, folds):
+    groups = [[f"{label}-{i}" for i in range(count)] for label, count in enumerate(counts)]
+    part_of = datasets.parts([(label, name) for label, group in enumerate(groups) for name in group], folds, 0)
+    for names in (*groups, [name for group in groups for name in group]):
+        of_part = sizes(part_of, folds, names)
+        assert sum(of_part) == len(names)
+        assert max(of_part) - min(of_part) <= 1
+
+
+def test_every_training_picture_validates_in_one_fold():
+    dataset = dataset_of([group[:17] for group in CONTENTS])
+    validating = [paths(with_fold(dataset, 3, fold), "val") for fold in range(3)]
+    assert sorted(path for chosen in validating for path in chosen) == sorted(each.path for each in dataset.pictures)
+    for fold, chosen in enumerate(validating):
+        split = with_fold(dataset, 3, fold)
+        assert split.splits == ["train", "val"]
+        assert [each.path for each in split.pictures] == [each.path for each in dataset.pictures]
+        assert sorted(chosen + paths(split, "train")) == sorted(each.path for each in dataset.pictures)
+
+
+def test_the_folds_depend_on_contents_and_seed_alone():
+    def contents(names: str, seed: int, turn: int):
+        dataset = dataset_of([group[::turn] for group in CONTENTS], names)
+        return {each.sha256 for each in with_fold(dataset, 3, 1, seed).pictures if each.split == "val"}
+
+    assert contents("renamed-{}", 0, -1) == contents("picture-{}", 0, 1)
+    assert contents("picture-{}", 1, 1) != contents("picture-{}", 0, 1)
+
+
+@pytest.mark.parametrize("new", [f"new-{i}" for i in range(8)])
+def test_a_new_picture_moves_few_others_from_part_to_part(new):
+    files = [(label, name) for label, group in enumerate(CONTENTS) for name in group]
+    before, after = datasets.parts(files, 5, 0), datasets.parts([(0, new), *files], 5, 0)
+    assert sum(before[name] != after[name] for name in before) <= 8  # one at each of 4 borders of 2 classes
+
+
+def test_identical_files_are_in_one_part_whatever_their_class():
+    twins = [[f"{label}-{i}" for i in range(6) for _ in "123"[: i % 3 + 1]] + ["shared"] for label in "ab"]
+    for fold in range(4):
+        split = with_fold(dataset_of(twins), 4, fold)
+        of = {name: {each.sha256 for each in split.pictures if each.split == name} for name in ("train", "val")}
+        assert not of["train"] & of["val"]
+        assert of["val"]
+
+
+def test_the_order_of_the_files_does_not_matter_to_the_parts():
+    files = [(label, name) for label, group in enumerate(CONTENTS) for name in [*group, "shared"]]
+    assert datasets.parts(files[::-1], 3, 0) == datasets.parts(files, 3, 0)
+
+
+def test_folds_set_the_val_folder_aside_and_leave_test(tmp_path):
+    make_pictures(tmp_path, {"train/ants": 4, "train/bees": 4, "val/ants": 2, "val/bees": 1, "test/ants": 1})
+    for name in ("train/ants/gone.png", "val/ants/gone.png"):
+        (tmp_path / name).symlink_to("nowhere")
+    split = with_fold(datasets.read(tmp_path, "pictures"), 2, 0)
+    assert sorted(split.splits) == ["test", "train", "val"]
+    assert [path.rpartition("/")[0] for path in paths(split, "val")] == ["train/ants"] * 2 + ["train/bees"] * 2
+    assert paths(split, "test") == ["test/ants/0.png"]
+    assert not any(each.path.startswith("val/") for each in split.pictures)
+    assert split.skipped == [("train/ants/gone.png", "broken link")]
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (
+            [["a", "b", "c"], ["x", "y", "y", "y"]],
+            "data.folds = 3, but pictures has 2 different pictures of 1 to train on.\n"
+            "Lower it with -S data.folds=2, or add pictures of 1.",
+        ),
+        (
+            [["a"], ["x", "y", "z"]],
+            "data.folds = 3, but pictures has 1 different pictures of 0 to train on.\nAdd pictur",
+        ),
+    ],
+)
+def test_a_class_with_fewer_pictures_than_folds_is_an_error(contents, message):
+    with pytest.raises(UserError) as raised:
+        with_fold(dataset_of(contents), 3, 0)
+    assert str(raised.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("counts", "limit", "expected"),
+    [
+        ([100, 100], 10, [5, 5]),
+        ([100, 100], 11, [6, 5]),
+        ([123, 121], 20, [10, 10]),
+        ([900, 90, 10], 100, [90, 9, 1]),
+        ([60, 30, 10], 9, [5, 3, 1]),
+        ([50, 30, 20], 8, [4, 2, 2]),
+        ([900, 90, 10], 10, [8, 1, 1]),  # one of each at least
+        ([50, 50, 50], 1, [1, 1, 1]),
+        ([50, 0, 50], 4, [2, 0, 2]),
+        ([3, 2], 5, [3, 2]),
+        ([3, 2], 99, [3, 2]),
+        ([0, 0], 5, [0, 0]),
+    ],
+)
+def test_a_limit_is_shared_in_proportion(counts, limit, expected):
+    assert datasets.shares(counts, limit) == expected
+
+
+def test_a_larger_limit_takes_no_fewer_of_any_class():
+    # With the largest remainders, 10 to 11 of these takes one away from the last.
+    before = [0, 0, 0]
+    for limit in range(1, 1401):
+        shares = datasets.shares([600, 600, 200], limit)
+        assert all(now >= then for now, then in zip(shares, before, strict=True))
+        assert sum(shares) == max(limit, 3)
+        assert all(abs(now - limit * count / 1400) <= 1 for now, count in zip(shares, (600, 600, 200), strict=True))
+        before = shares
+
+
+def test_a_limited_split_is_a_part_of_the_whole_one_and_a_larger_limit_contains_it():
+    whole = datasets.with_val(dataset_of([CONTENTS[0], CONTENTS[1][:8]]), 0.25, 0)
+    chosen = [{each for each in datasets.limited(whole, limit, 0).pictures} for limit in (1, 2, 4, 5, 9, 20)]
+    for fewer, more in itertools.pairwise(chosen):
+        assert fewer <= more <= set(whole.pictures)
+    assert [len(each) for each in chosen] == [4, 4, 8, 10, 9 + 7, 20 + 7]
+    assert {each.split for each in chosen[0]} == {"train", "val"}
+
+
+def test_which_pictures_a_limit_takes_depends_on_contents_and_seed_alone():
+    def taken(names: str, seed: int, turn: int):
+        dataset = dataset_of([group[::turn] for group in CONTENTS], names)
+        return {each.sha256 for each in datasets.limited(dataset, 10, seed).pictures}
+
+    assert taken("renamed-{}", 0, -1) == taken("picture-{}", 0, 1)
+    assert taken("picture-{}", 1, 1) != taken("picture-{}", 0, 1)
+
+
+def test_a_limit_that_leaves_nothing_out_changes_nothing():
+    dataset = replace(dataset_of(CONTENTS), skipped=[("0/gone.png", "broken link")])
+    assert datasets.limited(dataset, 40, 0) is dataset
+    assert datasets.limited(dataset, 39, 0).skipped == []  # or a few such files would be a large share
 
 
 # Archives -----------------------------------------------------------------------------------------------------------

@@ -5,10 +5,10 @@ import json
 import struct
 import zlib
 
-from finetune import datasets, images
+from finetune import datasets, images, params
 from finetune.decoding import MAX_PIXELS, Undecodable, decode
 from finetune.errors import UserError
-from helpers import make_pictures
+from helpers import ROOT, make_pictures
 
 import numpy as np
 import pytest
@@ -258,3 +258,34 @@ def test_a_file_too_large_to_be_a_picture_is_not_read(pictures, tmp_path, monkey
     (pictures / "ants/film.png").write_bytes(bytes(20_000))
     skipped = store_of(pictures, tmp_path / "store").manifest["skipped"]
     assert skipped == [["ants/film.png", "too large: 0 MB"]]
+
+
+MADE = {"val_fraction": 0.2, "folds": 0, "fold": 0, "split_seed": 0, "limit": 0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"image_size": 64, "max_skipped": 1.0, "balance": "loss"}, None),
+        ({"limit": 20}, "was made with data.limit = 0, and now it is 20: run `dvc repro prepare`."),
+        ({"resize": 300}, "was made with data.resize = 256, and now it is 300: run"),
+        (
+            {"source": "data/sample.yaml"},
+            "with data.source = data/hymenoptera.yaml, and now it is data/sample.yaml: run",
+        ),
+        ({"folds": 5, "fold": 1}, "data.folds = 0, and now it is 5; data.fold = 0, and now it is 1: run"),
+    ],
+)
+def test_a_store_of_other_settings_is_told_from_todays(changes, message, pictures, tmp_path):
+    dataset = datasets.read(pictures, "pictures")
+    shards = images.write_shards(dataset.pictures, tmp_path / "store", lambda data: decode(data, 16))
+    images.write_manifest(tmp_path / "store", dataset, shards, "data/hymenoptera.yaml", 256, **MADE)
+    manifest = images.ImageStore(tmp_path / "store").manifest
+    settings = params.load(ROOT / "params.yaml").data.model_copy(update=changes)
+    if message is None:
+        images.check_settings(manifest, settings)
+    else:
+        with pytest.raises(UserError) as raised:
+            images.check_settings(manifest, settings)
+        assert message in str(raised.value)

@@ -104,6 +104,62 @@ def test_the_split_seed_chooses_other_pictures(project):
     assert set(zip(first.paths, first.splits, strict=True)) != set(zip(second.paths, second.splits, strict=True))
 
 
+def in_shards(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(folder).items() if name.startswith("shard-")}
+
+
+def test_folds_differ_in_the_list_of_pictures_alone(project):
+    (project / "data/pictures/ants/notes.txt").write_text("no picture")
+    shards, validating = [], []
+    for fold in range(3):
+        keys = {"data__source": "data/pictures", "data__folds": 3, "data__fold": fold, "data__limit": 0}
+        write_params(project, **keys, data__resize=32, data__image_size=32)
+        output = prepared(project)
+        assert f"fold {fold} of 3 (0 to 2) validates\n" in output
+        assert "aside" not in output
+        shards.append(in_shards(project / "data/prepared"))
+        store = ImageStore(project / "data/prepared")
+        validating += [store.paths[i] for i in store.indices("val")]
+        assert store.manifest["split"] == {"val_fraction": 0.2, "folds": 3, "fold": fold, "split_seed": 0, "limit": 0}
+    assert shards[0]
+    assert shards[0] == shards[1] == shards[2]
+    assert sorted(validating) == sorted(store.paths)
+    write_params(project, data__source="data/pictures", data__resize=32, data__image_size=32)
+    prepared(project)
+    assert in_shards(project / "data/prepared") == shards[0]  # a split by val_fraction has the same pictures, too
+
+
+def test_a_val_folder_is_set_aside_where_folds_validate(project):
+    shutil.rmtree(project / "data/pictures")
+    make_pictures(project / "data/pictures", {"train/ants": 4, "train/bees": 4, "val/ants": 2, "val/bees": 1})
+    for i in range(30):  # would be far more than data.max_skipped, if the val folder counted
+        (project / f"data/pictures/val/ants/{i}.txt").write_text("no picture")
+    write_params(project, data__source="data/pictures", data__folds=2, data__fold=1)
+    output = prepared(project)
+    assert "fold 1 of 2 (0 to 1) validates, 33 val pictures set aside" in output
+    assert "prepared 4 train and 4 val pictures" in output
+    assert all(path.startswith("train/") for path in ImageStore(project / "data/prepared").paths)
+
+
+def test_too_many_folds_are_an_error(project):
+    write_params(project, data__source="data/pictures", data__folds=7)
+    assert "data.folds = 7, but data/pictures has 6 different pictures of bees to train on." in failed(project)
+
+
+def test_a_limit_takes_a_part_of_each_split_before_decoding(project):
+    prepared(project)
+    whole = ImageStore(project / "data/prepared")
+    for i in range(20):
+        (project / f"data/pictures/ants/{i}-gone.png").symlink_to("nowhere")
+    write_params(project, data__source="data/pictures", data__resize=32, data__image_size=32, data__limit=4)
+    output = prepared(project)
+    assert "limited to 7 of 14 pictures: data.limit = 4" in output
+    assert "decoding 7 pictures" in output
+    store = ImageStore(project / "data/prepared")
+    assert store.manifest["counts"] == {"train": {"ants": 2, "bees": 2}, "val": {"ants": 2, "bees": 1}}
+    assert set(zip(store.splits, store.paths, strict=True)) <= set(zip(whole.splits, whole.paths, strict=True))
+
+
 def test_unreadable_files_are_skipped_and_named(project):
     pictures = project / "data/pictures"
     (pictures / "ants/notes.txt").write_text("no picture")

@@ -7,9 +7,10 @@ Hidden files and files outside the class folders are ignored.
 """
 
 import hashlib
+import itertools
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -72,17 +73,93 @@ def with_val(dataset: Dataset, val_fraction: float, split_seed: int) -> Dataset:
     """
     if "val" in dataset.splits:
         return dataset
-    by_class = defaultdict(list)
-    for picture in dataset.pictures:
-        if picture.split == "train":
-            by_class[picture.label].append(picture)
     chosen = set()
-    for group in by_class.values():
-        number = min(max(round(len(group) * val_fraction), 1), len(group) - 1)
-        ranked = sorted(group, key=lambda picture: (_rank(split_seed, picture.sha256), picture.path))
-        chosen.update(picture.path for picture in ranked[:number])
+    for (split, _), group in _groups(dataset).items():
+        if split == "train":
+            number = min(max(round(len(group) * val_fraction), 1), len(group) - 1)
+            chosen.update(picture.path for picture in _ranked(group, split_seed)[:number])
     pictures = [replace(each, split="val") if each.path in chosen else each for each in dataset.pictures]
     return replace(dataset, splits=[*dataset.splits, "val"], pictures=pictures)
+
+
+def with_fold(dataset: Dataset, folds: int, fold: int, split_seed: int, source: str) -> Dataset:
+    """Return the data set with part `fold` of the `folds` parts of its training pictures as `val`.
+
+    The `val` that it had is set aside. Raises UserError, which names `source`, where a class has too few pictures.
+    """
+    training = [(picture.label, picture.sha256) for picture in dataset.pictures if picture.split == "train"]
+    for label, name in enumerate(dataset.classes):
+        number = len({sha256 for each, sha256 in training if each == label})
+        if 0 < number < folds:
+            lower = f"Lower it with -S data.folds={number}, or a" if number > 1 else "A"
+            raise UserError(
+                f"data.folds = {folds}, but {source} has {number} different pictures of {name} to train on.\n"
+                f"{lower}dd pictures of {name}."
+            )
+    part_of = parts(training, folds, split_seed)
+    has_val = "val" in dataset.splits
+    pictures = [
+        replace(each, split="val") if each.split == "train" and part_of[each.sha256] == fold else each
+        for each in dataset.pictures
+        if each.split != "val"
+    ]
+    return replace(
+        dataset,
+        splits=dataset.splits if has_val else [*dataset.splits, "val"],
+        pictures=pictures,
+        skipped=[each for each in dataset.skipped if not (has_val and each[0].startswith("val/"))],
+    )
+
+
+def parts(files: Iterable[tuple[int, str]], folds: int, split_seed: int) -> dict[str, int]:
+    """Return the part, from 0 on, that each file belongs to: {sha256: part}, of files given as (label, sha256).
+
+    Of each class, and of all classes together, the parts' sizes differ by one at most; what is in several classes
+    counts in the first. As in `with_val`, seed and contents alone decide, and a new file moves few others: a part is a
+    stretch of the class's files in the order of their ranks, and the files that are left over go on from the part at
+    which those of the class before ended.
+    """
+    label_of = {sha256: label for label, sha256 in sorted(files, reverse=True)}
+    ordered = sorted(label_of, key=lambda sha256: (label_of[sha256], _rank(split_seed, sha256)))
+    part_of, first = {}, 0
+    for _, names in itertools.groupby(ordered, label_of.get):
+        group = list(names)
+        size, rest = divmod(len(group), folds)
+        start = 0
+        for part in range(folds):
+            end = start + size + ((part - first) % folds < rest)
+            part_of |= dict.fromkeys(group[start:end], part)
+            start = end
+        first = (first + rest) % folds
+    return part_of
+
+
+def limited(dataset: Dataset, limit: int, split_seed: int) -> Dataset:
+    """Return the data set with about `limit` pictures of each split, in each class's proportion.
+
+    Chosen as in `with_val`, so a larger limit keeps the pictures of a smaller one. Where some are left out, so are the
+    files that can't be read.
+    """
+    groups = _groups(dataset)
+    kept = set()
+    for split in dataset.splits:
+        numbers = shares([len(groups.get((split, label), ())) for label in range(len(dataset.classes))], limit)
+        for label, number in enumerate(numbers):
+            ranked = _ranked(groups.get((split, label), []), split_seed)
+            kept.update(picture.path for picture in ranked[:number])
+    if len(kept) == len(dataset.pictures):
+        return dataset
+    return replace(dataset, pictures=[each for each in dataset.pictures if each.path in kept], skipped=[])
+
+
+def shares(counts: Sequence[int], limit: int) -> list[int]:
+    """Return how many to take of each class of `counts` pictures: `limit` in all, but one of each class at least.
+
+    By Webster's method. With that of the largest remainders, a larger limit may take fewer of a class.
+    """
+    turns = sorted((i > 0, (2 * i + 1) / count, label) for label, count in enumerate(counts) for i in range(count))
+    taken = Counter(label for _, _, label in turns[: max(limit, sum(count > 0 for count in counts))])
+    return [taken[label] for label in range(len(counts))]
 
 
 def is_hidden(name: str) -> bool:
@@ -222,6 +299,18 @@ def _hashed(picture: Picture) -> Picture | Skipped:
         return replace(picture, sha256=sha256_of(picture.file))
     except OSError as error:
         return picture.path, f"can't be read: {error.strerror}"
+
+
+def _groups(dataset: Dataset) -> dict[tuple[str, int], list[Picture]]:
+    """Return the pictures of each split and label."""
+    groups = defaultdict(list)
+    for picture in dataset.pictures:
+        groups[picture.split, picture.label].append(picture)
+    return groups
+
+
+def _ranked(pictures: Sequence[Picture], split_seed: int) -> list[Picture]:
+    return sorted(pictures, key=lambda picture: (_rank(split_seed, picture.sha256), picture.path))
 
 
 def _rank(split_seed: int, sha256: str) -> str:

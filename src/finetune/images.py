@@ -24,11 +24,12 @@ from finetune.datasets import Dataset, Picture, Skipped, count
 from finetune.errors import UserError
 from finetune.files import sha256_of
 from finetune.parallel import parallel_map
+from finetune.params import Data
 
 import numpy as np
 from tqdm import tqdm
 
-FORMAT = 2
+FORMAT = 3
 SHARD_PICTURES = 256  # about; one picture changed is one shard to store and push anew
 MAX_FILE = 2**28  # bytes of an encoded picture: what is larger is something else, and is not read into memory
 COLUMNS = ("path", "split", "class", "shard", "offset", "height", "width", "sha256")
@@ -100,6 +101,21 @@ class ImageStore:
         if sha256_of(self.folder / "pictures.csv") != manifest["files"]["pictures.csv"]["sha256"]:
             raise _damaged(self.folder / "pictures.csv", "its digest is another")
         return manifest
+
+
+def check_settings(manifest: dict, settings: Data) -> None:
+    """Raise UserError where a store was made with other settings than these, of the group `data`."""
+    made = {"source": manifest["source"], "resize": manifest["resize"]} | manifest["split"]
+    other = [
+        f"data.{key} = {value}, and now it is {getattr(settings, key)}"
+        for key, value in made.items()
+        if value != getattr(settings, key)
+    ]
+    if other:
+        raise UserError(
+            f"data/prepared was made with {'; '.join(other)}: run `dvc repro prepare`.\n"
+            "It reads params.yaml, so put there first what you gave with -S."
+        )
 
 
 def _digest_of(manifest: dict) -> str:
@@ -183,9 +199,10 @@ def write_shards(pictures: Sequence[Picture], folder: Path, decode: Callable[[by
     return Shards(stored, skipped, histogram)
 
 
-def write_manifest(folder: Path, dataset: Dataset, shards: Shards, source: str, resize: int) -> dict:
+def write_manifest(folder: Path, dataset: Dataset, shards: Shards, source: str, resize: int, **split: float) -> dict:
     """Write pictures.csv and manifest.json beside the shards; return the manifest.
 
+    `split` are the settings, of those of the group `data`, by which pictures were chosen and split; they are recorded.
     `mean` and `std` are of the training pictures' channels, on a scale where white is 1; `duplicates` are pictures of
     val and test that are in train too, byte for byte.
     """
@@ -208,6 +225,7 @@ def write_manifest(folder: Path, dataset: Dataset, shards: Shards, source: str, 
         "classes": dataset.classes,
         "counts": count(pictures, dataset),
         "resize": resize,
+        "split": split,
         "mean": mean,
         "std": std,
         "duplicates": sum(picture.split != "train" and picture.sha256 in trained for picture in pictures),
