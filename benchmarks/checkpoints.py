@@ -13,9 +13,24 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "src"))
 
-from finetune import augment, backbones, checkpoint, datasets, decoding, device, images, optim, runs, sources, training
+from finetune import (
+    augment,
+    backbones,
+    checkpoint,
+    datasets,
+    decoding,
+    device,
+    images,
+    layers,
+    optim,
+    params,
+    runs,
+    sources,
+    training,
+)
 
 import torch
 from tqdm import tqdm
@@ -61,12 +76,14 @@ def measure(
     folder: Path, store: images.ImageStore, model_name: str, trainable: str, rounds: int, place: torch.device
 ) -> tuple[float, dict[str, list[float]]]:
     """Return the size of a checkpoint, in MB, and the seconds an epoch of each timed block of each way of saving."""
-    model = backbones.build(model_name, num_classes=2, image_size=SIZE)
-    layers = backbones.trainable_layers(backbones.layers(model), backbones.head_name(model), [], trainable)
-    backbones.freeze(model, layers)
+    changes = [f"model_name={model_name}", f"backbone.trainable={trainable}", "lr=0.0001", "momentum=0.9"]
+    settings = params.load(ROOT / "params.yaml", [*changes, f"data.image_size={SIZE}"])
+    model, groups = backbones.fine_tuned(settings, {}, missing=[])
     model.to(place)
-    optimizer = optim.optimizer(model, lr=1e-4, momentum=0.9)
-    session = checkpoint.Session(model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1))
+    layers.thaw(model, groups, epoch=0)
+    optimizer = optim.optimizer(model, groups, settings.optimizer, settings.lr, settings.momentum)
+    schedule = optim.LearningRate(optimizer, settings.schedule, num_epochs=1, steps=1)
+    session = checkpoint.Session(model, optimizer, schedule)
     run = runs.Run(folder, "0" * 16)
     writer = checkpoint.Writer(run, 10**4, {"run": run.name}, limit=float("inf"))
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -74,7 +91,7 @@ def measure(
         for way in WAYS:
             start = time.perf_counter()
             for _ in range(BLOCK):
-                train_epoch(model, optimizer, store, len(session.history), place)
+                train_epoch(session, store, settings)
                 session.history = [*session.history, {"step": len(session.history)}]
                 if way != "none":
                     writer.save(session)
@@ -85,15 +102,17 @@ def measure(
     return run.bytes / len(run.checkpoints()) / 1e6, {way: times[1:] for way, times in seconds.items()}
 
 
-def train_epoch(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, store: images.ImageStore, epoch: int, place: torch.device
-) -> None:
+def train_epoch(session: checkpoint.Session, store: images.ImageStore, settings: params.Params) -> None:
     """Train and validate as the stage does."""
-    backbones.train_mode(model)
-    batches = training.training_batches(store, 0, epoch, 8, SIZE, min_scale=0.25)
+    layers.train_mode(session.model)
+    place = next(session.model.parameters()).device
+    batches = training.training_batches(store, settings, len(session.history))
+    objective, sums = training.Objective(settings.num_classes), training.Sums(place, len(session.history), {})
     with tqdm(disable=True) as bar:
-        training.train_epoch(model, optimizer, batches, normalize, training.Sums(place, epoch, {}), bar)
-    training.predict(model, training.plain_batches(store, "val", SIZE), normalize)
+        training.train_epoch(
+            session.model, session.optimizer, session.schedule, batches, normalize, objective, sums, bar
+        )
+    training.predict(session.model, training.plain_batches(store, "val", SIZE), normalize)
 
 
 def normalize(pictures: torch.Tensor) -> torch.Tensor:

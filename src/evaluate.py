@@ -26,7 +26,7 @@ def main() -> None:
     place = device.choose(settings.device)
     tensors, about = backbones.read(Path("models/model.safetensors"))
     size = about["image_size"]
-    model = backbones.build(about["model_name"], len(about["classes"]), size)
+    model = backbones.build(about["model_name"], len(about["classes"]), size, params.Head(**about["head"]))
     model.load_state_dict(tensors)
     model.to(place)
     normalize = functools.partial(augment.normalize, mean=about["mean"], std=about["std"])
@@ -36,7 +36,8 @@ def main() -> None:
         indices = store.indices(split)
         if not len(indices):
             continue
-        logits = training.predict(model, training.plain_batches(store, split, size), normalize)
+        views = training.views(store, split, size, settings.evaluate.tta)
+        logits = metrics.mean_prediction([training.predict(model, batches, normalize) for batches in views])
         labels = store.labels[indices]
         results[group] = metrics.summary(logits, labels)
         paths = [store.paths[i] for i in indices]

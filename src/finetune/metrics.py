@@ -1,5 +1,7 @@
 """Numbers computed from logits [n, classes] and labels [n]; scikit-learn's where it has them."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -12,6 +14,13 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return each picture's loss in nats, [n]."""
     return -log_softmax(logits)[np.arange(len(labels)), labels]
+
+
+def mean_prediction(logits: Sequence[np.ndarray]) -> np.ndarray:
+    """Return logits [n, classes] whose probabilities are the mean of those of several predictions; of one, itself."""
+    if len(logits) == 1:
+        return logits[0]
+    return np.log(np.mean([np.exp(log_softmax(each)) for each in logits], axis=0))
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -32,13 +41,17 @@ def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int
 
 
 def summary(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return acc, loss (mean, nats), f1 (macro), auroc (macro one-vs-rest for more than two classes) and ece."""
-    from sklearn.metrics import f1_score, roc_auc_score
+    """Return acc, balanced_acc (mean over classes), loss (mean, nats), f1 (macro), auroc and ece.
+
+    auroc is macro one-vs-rest for more than two classes.
+    """
+    from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
     probabilities = np.exp(log_softmax(logits))
     scores = probabilities[:, 1] if logits.shape[1] == 2 else probabilities
     return {
         "acc": accuracy(logits, labels),
+        "balanced_acc": float(balanced_accuracy_score(labels, logits.argmax(axis=1))),
         "loss": float(cross_entropy(logits, labels).mean()),
         "f1": float(f1_score(labels, logits.argmax(axis=1), average="macro")),
         "auroc": float(roc_auc_score(labels, scores, multi_class="ovr")),

@@ -34,8 +34,11 @@ SOURCES = Path(__file__).parent.parent
 KEPT = 2  # unfinished checkpoints of a run, so that there is one before the newest
 
 # Settings that a run's result does not follow from, or only by way of the digests of data, weights and device.
-ASIDE = {"model_name", "num_classes", "device", "resume", "checkpoint_minutes", "checkpoint_store_gb"}
-ASIDE_IN_GROUPS = {"data": {"source", "resize", "val_fraction", "split_seed", "max_skipped"}, "backbone": {"weights"}}
+ASIDE = {"model_name", "num_classes", "device", "evaluate", "resume", "checkpoint_minutes", "checkpoint_store_gb"}
+ASIDE_IN_GROUPS = {
+    "data": {"source", "resize", "val_fraction", "folds", "fold", "split_seed", "limit", "max_skipped"},
+    "backbone": {"weights"},
+}
 
 
 # What a run is ------------------------------------------------------------------------------------------------------
@@ -50,13 +53,13 @@ def identity(
     digest; `parent` the run and the number of epochs that this one trains on top of. `num_epochs` is in it only where
     the schedule depends on it: else a longer run begins as the shorter one did.
     """
-    chosen = settings.model_dump(exclude=ASIDE | {"schedule", "num_epochs"})
+    chosen = {key: value for key, value in settings.used().items() if key not in ASIDE}
     for group, keys in ASIDE_IN_GROUPS.items():
         chosen[group] = {key: value for key, value in chosen[group].items() if key not in keys}
-    if settings.schedule.depends_on_num_epochs():
-        chosen["num_epochs"] = settings.num_epochs
+    if not settings.schedule.depends_on_num_epochs():
+        del chosen["num_epochs"]
     return {
-        "settings": chosen | {"schedule": settings.schedule.used()},
+        "settings": chosen,
         "data": {name: file["sha256"] for name, file in store_files.items()} | {"classes": classes},
         "backbone": backbone,
         "device": device_type,

@@ -1,17 +1,56 @@
-"""The epoch loop: batches from the store, a pass that trains, a pass that predicts."""
+"""The epoch loop: what a step minimises, batches from the store, a pass that trains, a pass that predicts."""
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from finetune import augment
+from finetune import augment, optim
 from finetune.errors import UserError
 from finetune.images import ImageStore
+from finetune.params import EarlyStopping, Params
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from tqdm import tqdm
 
-Batch = tuple[Tensor, np.ndarray]  # pictures [n, 3, size, size] uint8, and their labels [n] int64
+
+class Batch(NamedTuple):
+    """Pictures and what goes with them."""
+
+    pictures: Tensor  # [n, 3, size, size] uint8
+    labels: np.ndarray  # [n] int64
+    mixup: np.ndarray | None = None  # [n], the share of itself that each picture keeps; None: it stays alone
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a step minimises: cross-entropy, but for the penalties of the weights, which are the optimizer's."""
+
+    num_classes: int
+    label_smoothing: float = 0.0
+    class_weights: Tensor | None = None  # [classes], on the model's device; None: all alike
+    grad_clip: float = 0.0  # largest norm of its gradient; 0: any
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean over the batch; `targets` are labels [n], or probabilities [n, classes]."""
+        return functional.cross_entropy(
+            logits, targets, weight=self.class_weights, label_smoothing=self.label_smoothing
+        )
+
+
+def objective(settings: Params, labels: np.ndarray, device: torch.device) -> Objective:
+    """Return the objective of these settings; `labels` are those of the training pictures."""
+    weights = None
+    if settings.data.balance == "loss":
+        counts = np.bincount(labels, minlength=settings.num_classes).clip(1)  # where data.limit left a class out
+        weights = torch.tensor(len(labels) / (settings.num_classes * counts), dtype=torch.float32, device=device)
+    return Objective(settings.num_classes, settings.optimizer.label_smoothing, weights, settings.optimizer.grad_clip)
+
+
+# Batches --------------------------------------------------------------------------------------------------------------
 
 
 def slices(count: int, batch_size: int) -> list[slice]:
@@ -25,36 +64,83 @@ def slices(count: int, batch_size: int) -> list[slice]:
     return [slice(start, end) for start, end in zip(starts, [*starts[1:], count], strict=True)]
 
 
-def training_batches(
-    store: ImageStore, seed: int, epoch: int, batch_size: int, image_size: int, min_scale: float, first: int = 0
-) -> Iterator[Batch]:
-    """Yield the epoch's training pictures, shuffled and augmented: random resized crop and horizontal flip.
+def epoch_order(seed: int, epoch: int, labels: np.ndarray, balanced: bool) -> np.ndarray:
+    """Return the positions in `labels` that the epoch visits, one after another, as many as there are labels.
 
-    From the batch `first` on. Before each, torch's generator is seeded for its step, so a model's dropout follows from
-    (seed, epoch, step), too.
+    Each once; or `balanced`, so that all classes come equally often (but for a remainder), and the pictures of one
+    class, too.
     """
-    indices = store.indices("train")
-    draws = augment.epoch_draws(seed, epoch, len(indices))
-    boxes = augment.random_resized_crops(draws[:, :-1], store.heights[indices], store.widths[indices], min_scale)
-    order = augment.epoch_order(seed, epoch, len(indices))
-    parts = slices(len(indices), batch_size)
+    if not balanced:
+        return augment.epoch_order(seed, epoch, len(labels))
+    generator = augment.generator(seed, epoch, augment.SAMPLER)
+    classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    size, rest = divmod(len(labels), len(classes))
+    more = set(generator.permutation(len(classes))[:rest].tolist())
+    chosen = []
+    for position, members in enumerate(classes):
+        number = size + (position in more)
+        rounds = [generator.permutation(members) for _ in range(-(-number // len(members)))]
+        chosen.append(np.concatenate(rounds)[:number])
+    return generator.permutation(np.concatenate(chosen))
+
+
+def occurrences(order: np.ndarray) -> np.ndarray:
+    """Return how often the order had each of its entries before: [n], 0 at the first time."""
+    by_entry = np.argsort(order, kind="stable")
+    first = np.r_[True, np.diff(order[by_entry]) != 0]
+    starts = np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))
+    result = np.empty_like(order)
+    result[by_entry] = np.arange(len(order)) - starts
+    return result
+
+
+def training_batches(store: ImageStore, settings: Params, epoch: int, first: int = 0) -> Iterator[Batch]:
+    """Yield the epoch's training pictures, shuffled and augmented, from the batch `first` on.
+
+    A picture that comes more than once looks different each time. Before each batch, torch's generator is seeded for
+    its step, so a model's dropout follows from (seed, epoch, step), too.
+    """
+    seed, indices = settings.seed, store.indices("train")
+    order = epoch_order(seed, epoch, store.labels[indices], settings.data.balance == "sampler")
+    rows = order + len(indices) * occurrences(order)
+    draws = augment.epoch_draws(seed, epoch, rows.max() + 1, settings.augment)
+    parts = slices(len(order), settings.batch_size)
     dropout_seeds = augment.dropout_seeds(seed, epoch, len(parts))
     for part, dropout_seed in list(zip(parts, dropout_seeds, strict=True))[first:]:
-        chosen = order[part]
-        pictures = augment.crop_resize([store[i] for i in indices[chosen]], boxes[chosen], image_size)
-        pictures = augment.horizontal_flip(pictures, draws[chosen, -1])
+        chosen = indices[order[part]]
+        own = augment.rows_of(draws, rows[part])
+        pictures = augment.augmented([store[i] for i in chosen], own, settings.augment, settings.data.image_size)
         torch.manual_seed(dropout_seed)
-        yield pictures, store.labels[indices[chosen]]
+        yield Batch(pictures, store.labels[chosen], own.get("mixup"))
 
 
-def plain_batches(store: ImageStore, split: str, image_size: int, batch_size: int = 64) -> Iterator[Batch]:
-    """Yield a split's pictures in the store's order, cropped to their middle."""
+def plain_batches(
+    store: ImageStore, split: str, image_size: int, batch_size: int = 64, crop: int | None = None, flip: bool = False
+) -> Iterator[Batch]:
+    """Yield a split's pictures in the store's order, cropped to their middle.
+
+    Or, with `crop`, to the one of that number of the five of `augment.five_crops`; mirrored where `flip` is set.
+    """
     indices = store.indices(split)
-    boxes = augment.center_crops(store.heights[indices], store.widths[indices], image_size)
+    heights, widths = store.heights[indices], store.widths[indices]
+    if crop is None:
+        boxes = augment.center_crops(heights, widths, image_size)
+    else:
+        boxes = augment.five_crops(heights, widths, image_size)[:, crop]
     for start in range(0, len(indices), batch_size):
         part = slice(start, start + batch_size)
         pictures = augment.crop_resize([store[i] for i in indices[part]], boxes[part], image_size)
-        yield pictures, store.labels[indices[part]]
+        yield Batch(pictures.flip(-1) if flip else pictures, store.labels[indices[part]])
+
+
+def views(store: ImageStore, split: str, image_size: int, tta: str) -> list[Iterator[Batch]]:
+    """Return the ways in which test-time augmentation of that name shows a split's pictures, each as its batches."""
+    crops = range(5) if tta == "ten_crop" else [None]
+    flips = [False] if tta == "none" else [False, True]
+    return [plain_batches(store, split, image_size, crop=crop, flip=flip) for crop in crops for flip in flips]
+
+
+# Passes ---------------------------------------------------------------------------------------------------------------
 
 
 class Sums:
@@ -91,26 +177,55 @@ class Sums:
 def train_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    schedule: optim.LearningRate,
     batches: Iterable[Batch],
     normalize: Callable[[Tensor], Tensor],
+    objective: Objective,
     sums: Sums,
     bar: tqdm,
 ) -> None:
     """Train on each batch once, and add what comes of it to `sums`.
 
-    Whenever `batches` is asked for the next one, the model, the optimizer and the sums have taken in the one before.
+    Whenever `batches` is asked for the next one, the model, the optimizer, the schedule and the sums have taken in the
+    one before.
     """
-    for pictures, labels in batches:
-        labels = torch.from_numpy(labels).to(sums.loss.device)
-        logits = model(normalize(pictures.to(sums.loss.device)))
-        loss = nn.functional.cross_entropy(logits, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        sums.add(logits.detach(), labels, loss.detach())
+    for batch in batches:
+        logits, labels, loss = step(model, optimizer, batch, normalize, objective)
+        schedule.after_step()
+        sums.add(logits, labels, loss)
         if bar.update():  # it was drawn
             bar.set_postfix(sums.means(), refresh=False)
     bar.set_postfix(sums.means())
+
+
+def step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    normalize: Callable[[Tensor], Tensor],
+    objective: Objective,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Train on a batch; return its logits [n, classes], labels [n] and mean loss, as they were before."""
+    logits, labels, loss = forward(model, batch, normalize, objective)
+    optimizer.zero_grad()
+    loss.backward()
+    optim.finish_gradients(optimizer, objective.grad_clip)
+    optimizer.step()
+    return logits.detach(), labels, loss.detach()
+
+
+def forward(
+    model: nn.Module, batch: Batch, normalize: Callable[[Tensor], Tensor], objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the logits [n, classes], labels [n] and mean loss of a batch."""
+    device = next(model.parameters()).device
+    labels = torch.from_numpy(batch.labels).to(device)
+    inputs, targets = normalize(batch.pictures.to(device)), labels
+    if batch.mixup is not None:
+        one_hot = functional.one_hot(labels, objective.num_classes).to(inputs.dtype)
+        inputs, targets = augment.mixup(inputs, one_hot, batch.mixup)
+    logits = model(inputs)
+    return logits, labels, objective.loss(logits, targets)
 
 
 @torch.no_grad()
@@ -118,14 +233,23 @@ def predict(model: nn.Module, batches: Iterable[Batch], normalize: Callable[[Ten
     """Return the logits of all pictures, [n, classes] float32, from the model in evaluation mode."""
     model.eval()
     device = next(model.parameters()).device
-    return torch.cat([model(normalize(pictures.to(device))).float().cpu() for pictures, _ in batches]).numpy()
+    return torch.cat([model(normalize(batch.pictures.to(device))).float().cpu() for batch in batches]).numpy()
 
 
-def diverged(what: str, lr: float, momentum: float, kept: str) -> UserError:
-    """Return the error for a number that is none any more, with the settings to look at and what is `kept`."""
+def stopped_early(history: Sequence[dict], settings: EarlyStopping) -> bool:
+    """Tell whether the last `patience` epochs of a run had no val_loss lower than all before them by `min_delta`."""
+    best, waited = math.inf, 0
+    for row in history:
+        better = row["val_loss"] < best - settings.min_delta
+        best, waited = (row["val_loss"], 0) if better else (best, waited + 1)
+    return 0 < settings.patience <= waited
+
+
+def diverged(what: str, lr: float, kept: str) -> UserError:
+    """Return the error for a number that is none any more, with the setting to look at and what is `kept`."""
     return UserError(
         f"{what} became NaN or infinite: training diverged. {kept}\n"
-        f"Try a smaller lr (now {lr:g}) or momentum (now {momentum:g}), for instance -S lr={lr / 10:g}."
+        f"Try a smaller lr (now {lr:g}), for instance -S lr={lr / 10:g}, or see what fits: python src/find_lr.py"
     )
 
 

@@ -1,0 +1,197 @@
+"""What trains, from which epoch on and how fast: a network's blocks, and the plan that the settings make of them."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from finetune.errors import UserError, nearest
+
+from torch import nn
+
+CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)  # exactly these, which only hold others
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a network that thaws as one: its name, and those of its layers."""
+
+    name: str
+    layers: list[str]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that train alike."""
+
+    name: str
+    layers: list[str]
+    thaws: int | None = None  # the epoch from which on it trains, counted from 0; None: never
+    lr_scale: float = 1.0  # share of the head's learning rate
+
+
+# A network's structure ------------------------------------------------------------------------------------------------
+
+
+def layers(model: nn.Module) -> dict[str, list[str]]:
+    """Return the names of the modules that own tensors, each with its tensors' names, in the model's order."""
+    owned: dict[str, list[str]] = {}
+    for tensor in model.state_dict():
+        owned.setdefault(layer_of(tensor), []).append(tensor)
+    return owned
+
+
+def layer_of(tensor: str) -> str:
+    """Return the name of the module that owns the tensor of that name; '' for one that is the model's own."""
+    return tensor.rpartition(".")[0]
+
+
+def blocks(model: nn.Module, head: Iterable[str]) -> list[Block]:
+    """Return the network's blocks from the pictures to the head, whose layers are in none.
+
+    A block is a module of its own kind (a residual block, a Fire, a dense block, a transformer's layer), or a
+    convolution or linear layer with the norm that belongs to it. Containers are looked into, and so is a module that
+    holds more than half of all parameters, as a transformer's encoder. What such a one owns itself, as a class token,
+    belongs to the first block.
+    """
+    rest = [layer for layer in layers(model) if layer not in set(head)]
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in model.named_modules()}
+
+    def within(parent: nn.Module, prefix: str) -> list[Block]:
+        found: list[Block] = []
+        for name, module in ((prefix + name, child) for name, child in parent.named_children()):
+            below = [layer for layer in rest if layer == name or layer.startswith(f"{name}.")]
+            is_container = type(module) in CONTAINERS or (any(module.children()) and 2 * sizes[name] > sizes[""])
+            new = within(module, f"{name}.") if is_container else [Block(name, below)] if below else []
+            if (
+                found
+                and len(new) == 1
+                and (only_norms(new[0]) or (only_norms(found[-1]) and not any(module.children())))
+            ):
+                found[-1].layers.extend(new[0].layers)
+            else:
+                found += new
+        return found
+
+    def only_norms(block: Block) -> bool:
+        return all(isinstance(model.get_submodule(layer), NORMS) for layer in block.layers)
+
+    result = within(model, "")
+    placed = {layer for block in result for layer in block.layers}
+    if result:
+        result[0].layers.extend(layer for layer in rest if layer not in placed)
+    return result
+
+
+# The plan -------------------------------------------------------------------------------------------------------------
+
+
+def plan(
+    blocks: Sequence[Block],
+    head: Sequence[str],
+    missing: Sequence[str],
+    trainable: str | int | list[str],
+    unfreeze_epoch: int = 0,
+    unfreeze_every: int = 0,
+    backbone_lr_scale: float = 1.0,
+    layer_decay: float = 1.0,
+) -> list[Group]:
+    """Return the groups of layers, from the head to the first block.
+
+    The head, with the layers of `missing` that have no pretrained weights, trains from the start. The blocks that are
+    `trainable` (all, the last n, or those with layers of such names) thaw at `unfreeze_epoch`; the last one of them
+    then and each other `unfreeze_every` epochs after the one behind it. Raises UserError where there is no such layer,
+    or nothing to thaw.
+    """
+    pretrained = [Block(block.name, [each for each in block.layers if each not in set(missing)]) for block in blocks]
+    pretrained = [block for block in pretrained if block.layers]
+    if unfreeze_epoch + unfreeze_every and not pretrained:
+        raise UserError("backbone.unfreeze_epoch: no layer has pretrained weights, so all train from the start. Set 0.")
+    if isinstance(trainable, int) and trainable > len(pretrained) > 0:
+        raise UserError(
+            f"params.yaml: backbone.trainable = {trainable}, but the network has {len(pretrained)} pretrained blocks: "
+            f"{', '.join(block.name for block in pretrained)}."
+        )
+    names = _checked(trainable, [*head, *(layer for block in blocks for layer in block.layers)])
+
+    groups = [Group("head", [*missing, *head], thaws=0)]
+    thaws = unfreeze_epoch
+    for distance, block in enumerate(reversed(pretrained)):
+        if names is None:
+            chosen = block.layers if trainable == "all" or (trainable != "head" and distance < trainable) else []
+        else:
+            chosen = [layer for layer in block.layers if any(_is_in(layer, name) for name in names)]
+        if chosen:
+            groups.append(Group(block.name, chosen, thaws, backbone_lr_scale * layer_decay**distance))
+            thaws += unfreeze_every
+        frozen = [layer for layer in block.layers if layer not in chosen]
+        if frozen:
+            groups.append(Group(block.name, frozen))
+    return groups
+
+
+def table(groups: Sequence[Group], sizes: dict[str, int], lr: float) -> list[str]:
+    """Return the lines that say what trains: layers, parameters, whether and from which epoch on, learning rate.
+
+    `sizes` are the numbers of the layers' parameters. Groups side by side that train alike share a line.
+    """
+    rows: list[list] = []
+    for group in groups:
+        size = sum(sizes.get(layer, 0) for layer in group.layers)
+        trains = "frozen" if group.thaws is None else f"from epoch {group.thaws + 1}" if group.thaws else "trains"
+        rate = "" if group.thaws is None else f"{lr * group.lr_scale:.4g}"
+        if rows and rows[-1][2:] == [trains, rate] and len(rows) > 1:
+            rows[-1][0] = f"{rows[-1][0].partition(' … ')[0]} … {group.name}"
+            rows[-1][1] += size
+        else:
+            rows.append([group.name, size, trains, rate])
+    rows = [["layers", "parameters", "", "lr"], *([name, f"{size:,}", *rest] for name, size, *rest in rows)]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return [
+        f"{name:<{widths[0]}}  {size:>{widths[1]}}  {trains:<{widths[2]}}  {rate}".rstrip()
+        for name, size, trains, rate in rows
+    ]
+
+
+def _checked(trainable: str | int | list[str], known: Sequence[str]) -> list[str] | None:
+    """Return the names of layers that `trainable` holds, or None where it says it otherwise. Raises UserError."""
+    if isinstance(trainable, int) or trainable in ("head", "all"):
+        return None
+    names = trainable if isinstance(trainable, list) else [trainable]
+    for name in names:
+        if not any(_is_in(layer, name) for layer in known):
+            parents = {".".join(layer.split(".")[:end]) for layer in known for end in range(1, layer.count(".") + 2)}
+            hint = (
+                nearest(name, sorted(parents)) or f" It has {', '.join(dict.fromkeys(k.split('.')[0] for k in known))}."
+            )
+            raise UserError(
+                f"params.yaml: backbone.trainable: the network has no layer {name!r} (nor is it head, all or a number)."
+                f"{hint}"
+            )
+    return names
+
+
+def _is_in(layer: str, name: str) -> bool:
+    return layer == name or layer.startswith(f"{name}.")
+
+
+# The model follows it -------------------------------------------------------------------------------------------------
+
+
+def thaw(model: nn.Module, groups: Sequence[Group], epoch: int) -> None:
+    """Make the parameters of the groups that train in that epoch, and no others, require gradients."""
+    training = {layer for group in groups if group.thaws is not None and group.thaws <= epoch for layer in group.layers}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(layer_of(name) in training)
+
+
+def train_mode(model: nn.Module, frozen_batch_norm: str = "frozen") -> None:
+    """Put the model into training mode; frozen batch norm keeps its statistics, unless it is told to `train`."""
+    model.train()
+    for layer in batch_norms(model):
+        if frozen_batch_norm == "frozen" and not any(p.requires_grad for p in layer.parameters()):
+            layer.eval()
+
+
+def batch_norms(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the model's batch-norm layers."""
+    return (layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm))
