@@ -1,16 +1,19 @@
 """What several tests need: small pictures, settings, and a script run as a user runs it."""
 
+import importlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from finetune import checkpoint
+from finetune import checkpoint, stage
 from finetune.digests import digest
 
 import numpy as np
+import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
@@ -44,6 +47,57 @@ def run(script: str, folder: Path, *arguments: str, **variables: str) -> subproc
     environ |= {"XDG_CACHE_HOME": str(folder / "cache")} | variables
     command = [sys.executable, str(ROOT / "src" / script), *arguments]
     return subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True)
+
+
+# A script as a fork --------------------------------------------------------------------------------------------------
+
+FORKS = multiprocessing.get_context("forkserver")  # of a process that has imported torch, and started no thread of it
+FORKS.set_forkserver_preload(["train", "helpers"])
+NOT_FORKED = ("DATA_ARCHIVE", "WEIGHTS_DIR", "CHECKPOINTS_DIR", "DVC_ROOT", "DVC_EXP_NAME")  # of the environment
+
+
+class Forked:
+    """A script that starts at once, as a fork; what it prints goes to printed.txt. Used as a Popen is."""
+
+    def __init__(self, folder: Path, script: str, *arguments: str, **variables: str):
+        (folder / "printed.txt").write_text("")  # by now, as the fork may be killed before it opens it
+        self._process = FORKS.Process(target=_run_script, args=(folder, script, arguments, variables), daemon=True)
+        with pytest.MonkeyPatch.context() as patch:  # the server takes them from the first process that starts it
+            patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]))
+            self._process.start()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self) -> int:
+        self._process.join()
+        return self._process.exitcode
+
+
+def _run_script(folder: Path, script: str, arguments: tuple[str, ...], variables: dict[str, str]) -> None:
+    for name in NOT_FORKED:
+        os.environ.pop(name, None)
+    os.environ.update(variables)
+    with open(folder / "printed.txt", "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(folder)
+    sys.argv = [f"src/{script}.py", *arguments]
+    stage.run(importlib.import_module(script).main)
+
+
+def run_forked(folder: Path, script: str = "train", *arguments: str, status: int = 0, **variables: str) -> str:
+    """Run a script to its end, which must have that status; return what it printed."""
+    ended = Forked(folder, script, *arguments, **variables).wait()
+    printed = (folder / "printed.txt").read_text()
+    assert ended == status, printed
+    return printed
+
+
+# A repository, and a user in it ---------------------------------------------------------------------------------------
 
 
 def git(folder: Path, *arguments: str) -> str:
