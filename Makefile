@@ -1,10 +1,11 @@
 # make setup   the environment, in .venv
 # make demo    fine-tune two networks on drawn pictures, through the queue, and compare them
-# make test    lint, format and all tests
+# make timm    timm's models, too (model_name timm:NAME)
+# make test    lint, format and all tests, timm's among them
 PYTHON ?= python3
 IN_VENV = PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: setup demo test
+.PHONY: setup timm demo test
 setup: .venv/installed
 
 .venv/installed: requirements.txt
@@ -16,10 +17,16 @@ setup: .venv/installed
 	@touch $@
 	@echo "done. Now: . .venv/bin/activate && dvc exp run"
 
+timm: .venv/installed-timm
+
+.venv/installed-timm: requirements-timm.txt .venv/installed
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements-timm.txt
+	@touch $@
+
 demo: setup
 	$(IN_VENV) python src/demo.py
 
-test: setup
+test: setup timm
 	$(IN_VENV) ruff check .
 	$(IN_VENV) ruff format --check .
 	OMP_NUM_THREADS=1 $(IN_VENV) python -m pytest -m "" -n 3 --dist worksteal

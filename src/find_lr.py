@@ -85,7 +85,7 @@ def main() -> None:
     found = lr_range.suggestion(rates[: len(losses)], losses)
     write(found, arguments.group, chosen[0].name)
     print(f"steepest descent at {found.steepest:.2g}, safer {found.safer:.2g}: {OUTPUT}.png, {OUTPUT}.json")
-    others = any(group.thaws is not None and group not in chosen for group in groups)
+    others = arguments.group != "all" and any(group.thaws is not None and group not in chosen for group in groups)
     print(command(arguments.changes, suggested(settings, found.steepest, chosen[0], others)))
 
 

@@ -20,10 +20,29 @@ def test_cross_entropy_and_probabilities_are_torchs():
 
 def test_summary_by_hand():
     summary = metrics.summary(LOGITS, LABELS)
-    assert list(summary) == ["acc", "loss", "f1", "auroc", "ece"]
+    assert list(summary) == ["acc", "balanced_acc", "loss", "f1", "auroc", "ece"]
     assert summary["acc"] == 0.75
+    assert summary["balanced_acc"] == pytest.approx((1 + 2 / 3) / 2)  # ants: 1 of 1; bees: 2 of 3
     assert summary["f1"] == pytest.approx((2 / 3 + 0.8) / 2)  # ants: 1 hit, 1 false; bees: 2 hits, 1 missed
     assert summary["auroc"] == pytest.approx(2 / 3)  # of three pairs (bee, ant), the ant scores higher in one
+
+
+def test_a_mean_prediction_is_of_probabilities():
+    assert metrics.mean_prediction([LOGITS]) is LOGITS
+    logits = [LOGITS, np.zeros_like(LOGITS), LOGITS[::-1]]
+    mean = metrics.mean_prediction(logits)
+    probabilities = [np.exp(each) / np.exp(each).sum(1, keepdims=True) for each in logits]
+    np.testing.assert_allclose(np.exp(mean), np.mean(probabilities, axis=0), rtol=1e-6)
+    np.testing.assert_allclose(np.exp(mean).sum(1), 1, rtol=1e-12)
+    np.testing.assert_allclose(
+        metrics.cross_entropy(mean, LABELS), -np.log(np.mean(probabilities, axis=0))[range(4), LABELS], rtol=1e-6
+    )
+
+
+def test_a_mean_of_predictions_that_are_very_sure_has_a_finite_loss():
+    sure = np.array([[200.0, -200.0]])
+    assert metrics.mean_prediction([sure, -sure]) == pytest.approx(np.log(0.5))
+    assert np.isfinite(metrics.cross_entropy(metrics.mean_prediction([2 * sure, 3 * sure]), np.array([1]))).all()
 
 
 def test_more_than_two_classes():

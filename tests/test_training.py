@@ -1,9 +1,12 @@
 """The parts of the epoch loop: batches, and what a batch holds."""
 
+import itertools
 from types import SimpleNamespace
 
-from finetune import augment, checkpoint, training
+from finetune import augment, checkpoint, optim, params, training
 from finetune.digests import digest
+from finetune.layers import Group
+from helpers import ROOT
 
 import numpy as np
 import pytest
@@ -39,34 +42,38 @@ def test_batches_cover_all_pictures_and_none_is_of_one(count, batch_size, sizes)
     assert [i for s in slices for i in range(s.start, s.stop)] == list(range(count))
 
 
+def load(*changes: str) -> params.Params:
+    small = [f"data.image_size={SIZE}", "data.resize=40", "seed=1", "batch_size=2"]
+    return params.load(ROOT / "params.yaml", [*small, *changes])
+
+
 def by_label(batches) -> dict[int, torch.Tensor]:
     return {
-        int(label): picture for pictures, labels in batches for picture, label in zip(pictures, labels, strict=True)
+        int(label): picture for batch in batches for picture, label in zip(batch.pictures, batch.labels, strict=True)
     }
 
 
 def test_a_picture_looks_the_same_whatever_the_batch_size(store):
-    small = by_label(training.training_batches(store, seed=1, epoch=2, batch_size=2, image_size=SIZE, min_scale=0.25))
-    large = by_label(training.training_batches(store, seed=1, epoch=2, batch_size=8, image_size=SIZE, min_scale=0.25))
+    small = by_label(training.training_batches(store, load(), epoch=2))
+    large = by_label(training.training_batches(store, load("batch_size=8"), epoch=2))
     assert small.keys() == large.keys() == set(range(11))
     assert all(torch.equal(small[label], large[label]) for label in small)
 
 
 def test_each_picture_is_augmented_by_the_row_of_its_own_index(store):
-    draws = augment.epoch_draws(1, 2, 11)
-    boxes = augment.random_resized_crops(draws[:, :-1], store.heights, store.widths, 0.25)
-    batches = training.training_batches(store, seed=1, epoch=2, batch_size=4, image_size=SIZE, min_scale=0.25)
-    for label, picture in by_label(batches).items():
+    settings = load("batch_size=4", "augment.flip=0.3")
+    draws = augment.epoch_draws(1, 2, 11, settings.augment)
+    boxes = augment.random_resized_crops(draws["crop"], store.heights, store.widths, 0.25)
+    for label, picture in by_label(training.training_batches(store, settings, epoch=2)).items():
         expected = augment.crop_resize([store[label]], boxes[label : label + 1], SIZE)[0]
-        assert torch.equal(picture, expected.flip(-1) if draws[label, -1] < 0.5 else expected)
+        assert torch.equal(picture, expected.flip(-1) if draws["flip"][label] < 0.3 else expected)
 
 
 def test_epochs_and_seeds_differ_in_order_and_augmentation(store):
     def epoch(seed, epoch):
-        pictures, labels = next(
-            training.training_batches(store, seed, epoch, batch_size=11, image_size=SIZE, min_scale=0.25)
-        )
-        return pictures, labels.tolist()
+        (batch,) = training.training_batches(store, load("batch_size=11", f"seed={seed}"), epoch)
+        assert batch.mixup is None
+        return batch.pictures, batch.labels.tolist()
 
     (first, order), (other_epoch, order_epoch), (other_seed, order_seed) = epoch(0, 0), epoch(0, 1), epoch(1, 0)
     assert order != order_epoch != order_seed != order
@@ -74,39 +81,246 @@ def test_epochs_and_seeds_differ_in_order_and_augmentation(store):
     assert not torch.equal(first, other_seed)
 
 
+@pytest.mark.parametrize("changes", [(), ("augment.mixup=0.4", "data.balance=sampler")])
+def test_batches_from_the_middle_are_those_of_the_whole_epoch(store, changes):
+    def epoch(first):
+        batches = training.training_batches(store, load(*changes), epoch=2, first=first)
+        return [(batch, torch.rand(1)) for batch in batches]  # the number as a dropout would draw it
+
+    whole, rest = epoch(0), epoch(3)
+    assert len(rest) == len(whole) - 3
+    for (one, number), (other, other_number) in zip(whole[3:], rest, strict=True):
+        assert torch.equal(one.pictures, other.pictures)
+        assert np.array_equal(one.labels, other.labels)
+        assert np.array_equal(one.mixup, other.mixup)
+        assert number == other_number
+
+
+# The sampler ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counts", [[5, 5], [20, 1], [1, 20], [7, 3, 1], [9, 40, 2, 13], [1], [3], [2, 0, 5]])
+def test_a_balanced_epoch_has_all_classes_and_all_pictures_of_one_equally_often(counts):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    labels = np.random.default_rng(0).permutation(labels)
+    for epoch in range(3):
+        order = training.epoch_order(1, epoch, labels, balanced=True)
+        assert len(order) == len(labels)
+        per_class = np.bincount(labels[order], minlength=len(counts))[np.array(counts) > 0]
+        assert np.ptp(per_class) <= 1
+        visits = np.bincount(order, minlength=len(labels))
+        assert all(np.ptp(visits[labels == label]) <= 1 for label in set(labels.tolist()))
+
+
+def test_a_balanced_epoch_follows_from_seed_and_epoch():
+    labels = np.repeat([0, 1, 2], [30, 5, 1])
+
+    def order(seed, epoch):
+        return training.epoch_order(seed, epoch, labels, balanced=True).tolist()
+
+    assert order(1, 2) == order(1, 2)
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1, 2)}) == 6
+    # Of a class that is not shown whole, others come in the next epoch; and the remainder is not always one class's.
+    assert len({frozenset(each for each in order(0, epoch) if each < 30) for epoch in range(5)}) == 5
+    uneven = np.repeat([0, 1, 2], [2, 3, 5])
+    counts = [np.bincount(uneven[training.epoch_order(0, epoch, uneven, balanced=True)]) for epoch in range(9)]
+    assert {int(count.argmax()) for count in counts} == {0, 1, 2}
+
+
+def test_a_plain_epoch_has_each_picture_once():
+    order = training.epoch_order(1, 2, np.array([0, 0, 0, 1]), balanced=False)
+    assert np.array_equal(order, augment.epoch_order(1, 2, 4))
+    assert sorted(order.tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("order", "before"),
+    [
+        ([0], [0]),
+        ([2, 0, 1], [0, 0, 0]),
+        ([3, 3, 3, 3], [0, 1, 2, 3]),
+        ([1, 0, 1, 1, 0, 2], [0, 0, 1, 2, 1, 0]),
+        ([5, 9, 9, 5, 9], [0, 0, 1, 1, 2]),
+    ],
+)
+def test_occurrences(order, before):
+    assert training.occurrences(np.array(order)).tolist() == before
+
+
+def test_a_picture_that_comes_again_looks_different_and_the_first_time_as_without_the_sampler(store):
+    store.labels = np.array([0] + [1] * 10)  # the first comes about five times
+    batches = training.training_batches(store, load("batch_size=11", "data.balance=sampler"), epoch=2)
+    order = training.epoch_order(1, 2, store.labels, balanced=True)
+    (pictures, labels, _), looks = next(batches), {}
+    assert np.array_equal(labels, store.labels[order])
+    for index, picture in zip(order.tolist(), pictures, strict=True):
+        looks.setdefault(index, []).append(picture)
+    assert len(looks[0]) in (5, 6)
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(looks[0], 2))
+    store.labels = np.arange(11)
+    plain = by_label(training.training_batches(store, load(), epoch=2))
+    assert all(torch.equal(first, plain[index]) for index, (first, *_) in looks.items())
+
+
+# The objective --------------------------------------------------------------------------------------------------------
+
+LOGITS = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.5, 3.0], [0.0, 1.0, 0.0], [1.0, 2.0, 3.0]])
+LABELS = np.array([0, 1, 2, 2])
+COUNTS = np.repeat([0, 1, 2], [6, 3, 1])  # the labels of the training pictures
+
+
+def loss(targets: torch.Tensor, *changes: str) -> float:
+    objective = training.objective(load("num_classes=3", *changes), COUNTS, torch.device("cpu"))
+    return float(objective.loss(LOGITS, targets))
+
+
+def test_the_loss_is_torchs_with_label_smoothing_or_without():
+    labels = torch.from_numpy(LABELS)
+    assert loss(labels) == float(torch.nn.functional.cross_entropy(LOGITS, labels))
+    smooth = torch.nn.functional.cross_entropy(LOGITS, labels, label_smoothing=0.1)
+    assert loss(labels, "optimizer.label_smoothing=0.1") == float(smooth)
+    soft = 0.9 * torch.nn.functional.one_hot(labels, 3) + 0.1 / 3
+    assert float(smooth) == pytest.approx(float(-(soft * LOGITS.log_softmax(1)).sum(1).mean()), rel=1e-6)
+
+
+def test_rare_classes_weigh_more_also_in_soft_targets():
+    weights = torch.tensor([10 / (3 * 6), 10 / (3 * 3), 10 / (3 * 1)])
+    each = -LOGITS.log_softmax(1)
+    own = weights[LABELS]
+    by_hand = (own * each[range(4), LABELS]).sum() / own.sum()
+    assert loss(torch.from_numpy(LABELS), "data.balance=loss") == pytest.approx(float(by_hand), rel=1e-6)
+    assert loss(torch.from_numpy(LABELS), "data.balance=sampler") == loss(torch.from_numpy(LABELS))
+    soft = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.5, 0.5], [1.0, 0.0, 0.0], [0.2, 0.2, 0.6]])
+    by_hand = (soft * weights * each).sum(1).mean()
+    assert loss(soft, "data.balance=loss") == pytest.approx(float(by_hand), rel=1e-6)
+
+
+def test_a_class_without_training_pictures_has_a_weight_that_is_a_number():
+    objective = training.objective(load("num_classes=3", "data.balance=loss"), COUNTS[COUNTS < 2], torch.device("cpu"))
+    assert objective.class_weights.isfinite().all()
+
+
+def test_mixup_mixes_the_targets_as_the_pictures():
+    pictures = torch.rand(4, 3, 2, 2)
+    model, normalize = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3)), lambda x: x
+    shares = np.array([0.9, 0.5, 0.0, 1.0])
+    objective = training.Objective(3)
+    mixed = training.Batch(pictures, LABELS, shares)
+    model.requires_grad_(False)
+    _, labels, loss = training.forward(model, mixed, normalize, objective)
+    inputs, targets = augment.mixup(pictures, torch.eye(3)[LABELS], shares)
+    assert float(loss) == pytest.approx(float(-(targets * model(inputs).log_softmax(1)).sum(1).mean()), rel=1e-5)
+    assert labels.tolist() == LABELS.tolist()
+    alone = training.Batch(pictures, LABELS, np.ones(4))
+    plain = training.Batch(pictures, LABELS)
+    losses = [float(training.forward(model, each, normalize, objective)[2]) for each in (alone, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+# What evaluation sees -------------------------------------------------------------------------------------------------
+
+
+def test_plain_batches_are_cropped_to_the_middle_in_the_stores_order(store):
+    batches = list(training.plain_batches(store, "val", SIZE, batch_size=2))
+    assert [batch.labels.tolist() for batch in batches] == [[0, 1], [2]]
+    boxes = augment.center_crops(store.heights, store.widths, SIZE)
+    expected = augment.crop_resize([store[i] for i in range(3)], boxes[:3], SIZE)
+    assert torch.equal(torch.cat([batch.pictures for batch in batches]), expected)
+
+
+@pytest.mark.parametrize(
+    ("tta", "ways"),
+    [
+        ("none", [(None, False)]),
+        ("flip", [(None, False), (None, True)]),
+        ("ten_crop", [(crop, flip) for crop in range(5) for flip in (False, True)]),
+    ],
+)
+def test_views_are_crops_and_their_mirror_images(store, tta, ways):
+    views = training.views(store, "val", SIZE, tta)
+    assert len(views) == len(ways)
+    for view, (crop, flip) in zip(views, ways, strict=True):
+        (batch,) = view
+        assert batch.labels.tolist() == [0, 1, 2]
+        for index, picture in enumerate(batch.pictures):
+            height, width = store[index].shape[:2]
+            bottom, right = height - SIZE, width - SIZE
+            middle = (round(bottom / 2), round(right / 2))
+            top, left = [(0, 0), (0, right), (bottom, 0), (bottom, right), middle][4 if crop is None else crop]
+            pixels = torch.from_numpy(store[index][top : top + SIZE, left : left + SIZE].copy()).permute(2, 0, 1)
+            assert torch.equal(picture, pixels.flip(-1) if flip else pixels)
+
+
+# Passes ---------------------------------------------------------------------------------------------------------------
+
 BAR = SimpleNamespace(update=lambda: False, set_postfix=lambda *a, **k: None)
+
+
+def train_epoch(model, batches, sums, lr=0.1):
+    """Train on pictures [n, 2] with a schedule that counts its steps; return that number."""
+    steps = []
+    schedule = SimpleNamespace(after_step=lambda: steps.append(model.weight.detach().clone()))
+    optimizer = optim.optimizer(model, [Group("head", [""], 0)], load().optimizer, lr, 0.0)
+    training.train_epoch(model, optimizer, schedule, batches, lambda x: x, training.Objective(2), sums, BAR)
+    return len(steps)
 
 
 def test_loss_and_accuracy_are_means_over_pictures_not_batches():
     model = torch.nn.Linear(2, 2, bias=False)
     torch.nn.init.zeros_(model.weight)  # logits 0 0: loss log 2, prediction class 0
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    batches = [(torch.ones(3, 2), np.array([0, 0, 0])), (torch.ones(1, 2), np.array([1]))]
+    batches = [
+        training.Batch(torch.ones(3, 2), np.array([0, 0, 0])),
+        training.Batch(torch.ones(1, 2), np.array([1])),
+    ]
     sums = training.Sums(torch.device("cpu"), 0, {})
-    training.train_epoch(model, optimizer, batches, lambda x: x, sums, BAR)
+    assert train_epoch(model, batches, sums, lr=1e-30) == 2
     assert sums.means() == {"loss": pytest.approx(np.log(2)), "acc": 0.75}
 
 
 def test_a_loss_that_is_no_number_tells_its_step_also_after_going_on():
-    batches = [(torch.full((1, 1), value), np.array([0])) for value in (1.0, 2.0, float("nan"), 3.0)]
+    batches = [training.Batch(torch.full((1, 1), x), np.array([0])) for x in (1.0, 2.0, float("nan"), 3.0)]
     for begun in (0, 5):
-        model = torch.nn.Linear(1, 2)
         sums = training.Sums(torch.device("cpu"), 4, {"steps": begun})
         with pytest.raises(FloatingPointError) as error:
-            training.train_epoch(model, torch.optim.SGD(model.parameters(), lr=0.1), batches, lambda x: x, sums, BAR)
+            train_epoch(torch.nn.Linear(1, 2), batches, sums)
         assert str(error.value) == f"the loss in epoch 5, step {begun + 3}"
 
 
-def test_batches_from_the_middle_are_those_of_the_whole_epoch(store):
-    def epoch(first):
-        batches = training.training_batches(
-            store, seed=1, epoch=2, batch_size=2, image_size=SIZE, min_scale=0.25, first=first
-        )
-        return [(pictures, torch.rand(1)) for pictures, _ in batches]  # the number as a dropout would draw it
+def test_a_step_clips_its_gradient():
+    moved = []
+    for clip in (0.0, 0.01):
+        model = torch.nn.Linear(2, 2)
+        torch.nn.init.zeros_(model.weight)
+        optimizer = optim.optimizer(model, [Group("head", [""], 0)], load().optimizer, 1.0, 0.0)
+        before = torch.cat([each.detach().flatten() for each in model.parameters()])
+        batch = training.Batch(torch.ones(1, 2), np.array([0]))
+        training.step(model, optimizer, batch, lambda x: x, training.Objective(2, grad_clip=clip))
+        after = torch.cat([each.detach().flatten() for each in model.parameters()])
+        moved.append(float((after - before).norm()))
+    assert moved[0] > 0.1
+    assert moved[1] == pytest.approx(0.01, rel=1e-3)
 
-    whole, rest = epoch(0), epoch(3)
-    assert len(rest) == len(whole) - 3
-    assert all(torch.equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(whole[3:], rest, strict=True))
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "min_delta", "stopped"),
+    [
+        ([], 1, 0.0, False),
+        ([3.0], 1, 0.0, False),
+        ([3.0, 3.0], 1, 0.0, True),  # not lower
+        ([3.0, 2.9], 1, 0.0, False),
+        ([3.0, 2.9], 1, 0.2, True),  # lower, but not by enough
+        ([3.0, 2.9, 2.7], 2, 0.2, False),  # by 0.3 in all
+        ([3.0, 2.9, 2.85], 2, 0.2, True),
+        ([3.0, 4.0, 3.5, 2.0], 3, 0.0, False),
+        ([3.0, 4.0, 3.5, 3.0], 3, 0.0, True),
+        ([3.0, 4.0, 3.5], 3, 0.0, False),
+        ([3.0, 1.0, 2.0, 0.5, 2.0, 2.0], 2, 0.0, True),
+        ([1.0, 2.0, 3.0, 4.0], 0, 0.0, False),  # never
+    ],
+)
+def test_stopped_early(losses, patience, min_delta, stopped):
+    settings = params.EarlyStopping(patience=patience, min_delta=min_delta)
+    assert training.stopped_early([{"val_loss": loss} for loss in losses], settings) == stopped
 
 
 @pytest.mark.parametrize(

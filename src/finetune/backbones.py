@@ -33,8 +33,9 @@ def canonical_name(model_name: str) -> str:
     """Return torchvision's name of a classification model, or timm:NAME. Raises UserError with the nearest names."""
     if model_name.startswith(TIMM):
         timm, name = _timm(), model_name.removeprefix(TIMM)
-        if not timm.is_model(name):
-            hint = nearest(name, timm.list_models())
+        known = timm.list_pretrained() if "." in name else timm.list_models()  # resnet18.a1_in1k says whose weights
+        if name not in known:
+            hint = nearest(name, known)
             raise UserError(f"params.yaml: model_name = {model_name!r}: timm {timm.__version__} has no {name}.{hint}")
         return model_name
     known = torchvision.models.list_models(module=torchvision.models)
@@ -198,8 +199,8 @@ def fitting_tensors(model: nn.Module, state: Mapping) -> dict[str, Tensor]:
     if "_conv_stem.weight" in state and hasattr(model, "blocks"):
         state = _as_timms_efficientnet(state, model)
 
-    head = heads.last_layer(model) + "."
-    wanted = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(head)}
+    head = heads.head_layers(model)
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if layers.layer_of(name) not in head}
     fitting = {name: state[name] for name in wanted if isinstance(state.get(name), Tensor)}
     if not fitting:
         raise UserError(f"none of the weights' tensors ({', '.join(list(state)[:3])} …) belongs to this model.")
@@ -214,10 +215,11 @@ def missing_layers(model: nn.Module, tensors: Iterable[str]) -> list[str]:
     """Return the layers, but for the head, that `tensors` do not cover whole."""
     present = set(tensors)
     optional = "num_batches_tracked"  # absent from old files, and only read where momentum is None
+    head = heads.head_layers(model)
     return [
         layer
         for layer, names in layers.layers(model).items()
-        if layer != heads.last_layer(model) and not present.issuperset(n for n in names if not n.endswith(optional))
+        if layer not in head and not present.issuperset(n for n in names if not n.endswith(optional))
     ]
 
 

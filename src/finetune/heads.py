@@ -1,13 +1,14 @@
 """What turns a backbone's features into logits: the network's own last layer, or concat pooling."""
 
 from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
 
 from finetune.errors import UserError
-from finetune.layers import CONTAINERS, layers
+from finetune.layers import CONTAINERS, is_in, layers
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 NAME = "concat_pool"  # of the head in the network's state dict
 
@@ -35,8 +36,16 @@ def last_layer(model: nn.Module) -> str:
 
 
 def head_layers(model: nn.Module) -> list[str]:
-    """Return the names of the layers of the head: those of concat pooling, or the last one."""
-    return [name for name in layers(model) if name.startswith(f"{NAME}.")] or [last_layer(model)]
+    """Return the names of the layers of the head: those of concat pooling, what timm calls so, or the last one."""
+    if hasattr(model, NAME):
+        heads = [model.get_submodule(NAME)]
+    elif hasattr(model, "get_classifier"):  # timm's: two of a distilled network, which otherwise has the last one
+        found = model.get_classifier()
+        heads = list(found) if isinstance(found, tuple) else [found]
+    else:
+        heads = [model.get_submodule(last_layer(model))]
+    parts = {part for head in heads for part in head.modules()}
+    return [name for name in layers(model) if model.get_submodule(name) in parts]
 
 
 def with_concat_pool(
@@ -45,16 +54,23 @@ def with_concat_pool(
     """Return the network up to its last feature map, and a new head on it; the layers between are left out.
 
     So AlexNet's fc6 and fc7 are. The trunk's tensors keep their names. Raises UserError where the network has no such
-    map, as a vision transformer.
+    map, as a vision transformer, or its forward pass can't be traced.
     """
-    graph = _Tracer().trace(model)
-    network = fx.GraphModule(model, graph)
-    _note_shapes(network.eval(), image_size)
+    head = head_layers(model)
+    try:
+        graph = _Tracer().trace(model)
+        network = fx.GraphModule(model, graph).eval()
+        _note_shapes(network, image_size)
+    except Exception as error:  # whatever a forward pass stumbles over: it is not made for tracing
+        raise UserError(
+            f"head.kind = concat_pool needs to follow a picture's way through the network, and {name}'s can't be "
+            f"followed ({type(error).__name__}): set head.kind to linear"
+        ) from None
     nodes = list(graph.nodes)
-    last = next(node for node in nodes if node.target == last_layer(model))
-    maps = [node for node in nodes[: nodes.index(last)] if len(_shape(node)) == 4 and _shape(node)[-1] > 1]
-    after = [_shape(node) for node in nodes[nodes.index(maps[-1]) :]] if maps else []
-    if not maps or any(len(shape) == 3 for shape in after):  # the latter: tokens
+    trunk = list(takewhile(lambda node: not any(is_in(layer, str(node.target)) for layer in head), nodes))
+    maps = [node for node in trunk if _is_map(_shape(node)) and _shape(node)[-1] > 1]
+    after = [_shape(node) for node in trunk[trunk.index(maps[-1]) :]] if maps else []
+    if not maps or any(len(shape) == 3 or (len(shape) == 4 and not _is_map(shape)) for shape in after):  # tokens
         raise UserError(
             f"head.kind = concat_pool, but {name} has no feature map in front of its head: set head.kind to linear"
         )
@@ -78,20 +94,31 @@ class _Tracer(fx.Tracer):
         return type(module) not in CONTAINERS
 
 
+class _Shapes(fx.Interpreter):
+    """Runs a network, and notes the shape of what comes out of each node."""
+
+    def run_node(self, node: fx.Node) -> Any:
+        result = super().run_node(node)
+        node.meta["shape"] = getattr(result, "shape", ())
+        return result
+
+
 def _note_shapes(network: fx.GraphModule, image_size: int) -> None:
-    """Note the shape of what comes out of each node, for pictures so large that the feature map has some pixels."""
-    for size in (max(image_size, 224), image_size):  # the latter where the network takes no others
+    """Note the nodes' shapes for pictures so large that the feature map has some pixels."""
+    with torch.no_grad():
         try:
-            with torch.no_grad():
-                ShapeProp(network).propagate(torch.zeros(1, 3, size, size))
-            return
-        except RuntimeError:
-            continue
+            _Shapes(network).run(torch.zeros(1, 3, max(image_size, 224), max(image_size, 224)))
+        except Exception:  # of any kind; the network takes no other size than its own, perhaps
+            _Shapes(network).run(torch.zeros(1, 3, image_size, image_size))
 
 
 def _shape(node: fx.Node) -> Sequence[int]:
-    found = node.meta.get("tensor_meta")
-    return getattr(found, "shape", ())
+    return node.meta.get("shape", ())
+
+
+def _is_map(shape: Sequence[int]) -> bool:
+    """Tell whether it is the shape of a feature map [1, channels, side, side]: not that with its channels last."""
+    return len(shape) == 4 and shape[2] == shape[3]
 
 
 def _is_pooling(network: nn.Module, node: fx.Node) -> bool:

@@ -27,6 +27,7 @@ class Group:
     layers: list[str]
     thaws: int | None = None  # the epoch from which on it trains, counted from 0; None: never
     lr_scale: float = 1.0  # share of the head's learning rate
+    without_weights: int = 0  # how many of its layers have no pretrained weights, and so train with the head
 
 
 # A network's structure ------------------------------------------------------------------------------------------------
@@ -49,19 +50,21 @@ def blocks(model: nn.Module, head: Iterable[str]) -> list[Block]:
     """Return the network's blocks from the pictures to the head, whose layers are in none.
 
     A block is a module of its own kind (a residual block, a Fire, a dense block, a transformer's layer), or a
-    convolution or linear layer with the norm that belongs to it. Containers are looked into, and so is a module that
-    holds more than half of all parameters, as a transformer's encoder. What such a one owns itself, as a class token,
-    belongs to the first block.
+    convolution or linear layer with the norm that belongs to it. Containers are looked into, and so are the modules of
+    a kind of which one alone holds more than half of the parameters, in modules of their own kind: a transformer's
+    encoder, a RegNet's stages. What such a one owns itself, as a class token, belongs to the first block.
     """
-    rest = [layer for layer in layers(model) if layer not in set(head)]
-    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in model.named_modules()}
+    head = set(head)
+    rest = [layer for layer in layers(model) if layer not in head]
+    total = sum(p.numel() for name, p in model.named_parameters() if layer_of(name) not in head)
+    stages = {type(module) for module in model.modules() if 2 * _size(module) > total and _is_made_of_modules(module)}
 
     def within(parent: nn.Module, prefix: str) -> list[Block]:
         found: list[Block] = []
         for name, module in ((prefix + name, child) for name, child in parent.named_children()):
-            below = [layer for layer in rest if layer == name or layer.startswith(f"{name}.")]
-            is_container = type(module) in CONTAINERS or (any(module.children()) and 2 * sizes[name] > sizes[""])
-            new = within(module, f"{name}.") if is_container else [Block(name, below)] if below else []
+            below = [layer for layer in rest if is_in(layer, name)]
+            is_open = type(module) in (*CONTAINERS, *stages) or any(is_in(layer, name) for layer in head - {name})
+            new = within(module, f"{name}.") if is_open else [Block(name, below)] if below else []
             if (
                 found
                 and len(new) == 1
@@ -80,6 +83,23 @@ def blocks(model: nn.Module, head: Iterable[str]) -> list[Block]:
     if result:
         result[0].layers.extend(layer for layer in rest if layer not in placed)
     return result
+
+
+def is_in(layer: str, name: str) -> bool:
+    """Tell whether a layer is the module of that name, or within it."""
+    return layer == name or layer.startswith(f"{name}.")
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _is_made_of_modules(module: nn.Module) -> bool:
+    """Tell whether most of a module's parameters are in modules that hold others, rather than in its own layers."""
+    parts = list(module.children())
+    while any(type(part) in CONTAINERS for part in parts):
+        parts = [each for part in parts for each in (part.children() if type(part) in CONTAINERS else [part])]
+    return 2 * sum(_size(part) for part in parts if any(part.children())) > _size(module)
 
 
 # The plan -------------------------------------------------------------------------------------------------------------
@@ -104,8 +124,6 @@ def plan(
     """
     pretrained = [Block(block.name, [each for each in block.layers if each not in set(missing)]) for block in blocks]
     pretrained = [block for block in pretrained if block.layers]
-    if unfreeze_epoch + unfreeze_every and not pretrained:
-        raise UserError("backbone.unfreeze_epoch: no layer has pretrained weights, so all train from the start. Set 0.")
     if isinstance(trainable, int) and trainable > len(pretrained) > 0:
         raise UserError(
             f"params.yaml: backbone.trainable = {trainable}, but the network has {len(pretrained)} pretrained blocks: "
@@ -113,26 +131,32 @@ def plan(
         )
     names = _checked(trainable, [*head, *(layer for block in blocks for layer in block.layers)])
 
-    groups = [Group("head", [*missing, *head], thaws=0)]
+    groups = [Group("head", [*missing, *head], thaws=0, without_weights=len(missing))]
     thaws = unfreeze_epoch
     for distance, block in enumerate(reversed(pretrained)):
         if names is None:
             chosen = block.layers if trainable == "all" or (trainable != "head" and distance < trainable) else []
         else:
-            chosen = [layer for layer in block.layers if any(_is_in(layer, name) for name in names)]
+            chosen = [layer for layer in block.layers if any(is_in(layer, name) for name in names)]
         if chosen:
             groups.append(Group(block.name, chosen, thaws, backbone_lr_scale * layer_decay**distance))
             thaws += unfreeze_every
         frozen = [layer for layer in block.layers if layer not in chosen]
         if frozen:
             groups.append(Group(block.name, frozen))
+    if unfreeze_epoch + unfreeze_every and all(group.thaws is None for group in groups[1:]):
+        raise UserError(
+            "params.yaml: backbone.unfreeze_epoch and unfreeze_every: nothing can thaw, as no layer with pretrained "
+            f"weights trains with backbone.trainable = {trainable}. Set both to 0."
+        )
     return groups
 
 
 def table(groups: Sequence[Group], sizes: dict[str, int], lr: float) -> list[str]:
     """Return the lines that say what trains: layers, parameters, whether and from which epoch on, learning rate.
 
-    `sizes` are the numbers of the layers' parameters. Groups side by side that train alike share a line.
+    `sizes` are the numbers of the layers' parameters. Groups side by side that train alike share a line; the head's is
+    its own.
     """
     rows: list[list] = []
     for group in groups:
@@ -143,7 +167,8 @@ def table(groups: Sequence[Group], sizes: dict[str, int], lr: float) -> list[str
             rows[-1][0] = f"{rows[-1][0].partition(' … ')[0]} … {group.name}"
             rows[-1][1] += size
         else:
-            rows.append([group.name, size, trains, rate])
+            others = f" and {group.without_weights} layer{'s' * (group.without_weights > 1)} without weights"
+            rows.append([group.name + (others if group.without_weights else ""), size, trains, rate])
     rows = [["layers", "parameters", "", "lr"], *([name, f"{size:,}", *rest] for name, size, *rest in rows)]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return [
@@ -158,20 +183,15 @@ def _checked(trainable: str | int | list[str], known: Sequence[str]) -> list[str
         return None
     names = trainable if isinstance(trainable, list) else [trainable]
     for name in names:
-        if not any(_is_in(layer, name) for layer in known):
+        if not any(is_in(layer, name) for layer in known):
             parents = {".".join(layer.split(".")[:end]) for layer in known for end in range(1, layer.count(".") + 2)}
-            hint = (
-                nearest(name, sorted(parents)) or f" It has {', '.join(dict.fromkeys(k.split('.')[0] for k in known))}."
-            )
+            top = dict.fromkeys(layer.split(".")[0] for layer in known if layer)
+            hint = nearest(name, sorted(parents)) or f" It has {', '.join(top)}."
             raise UserError(
                 f"params.yaml: backbone.trainable: the network has no layer {name!r} (nor is it head, all or a number)."
                 f"{hint}"
             )
     return names
-
-
-def _is_in(layer: str, name: str) -> bool:
-    return layer == name or layer.startswith(f"{name}.")
 
 
 # The model follows it -------------------------------------------------------------------------------------------------

@@ -46,7 +46,8 @@ def chosen_groups(groups: Sequence[layers.Group], name: str, epoch: int) -> list
         when = ", ".join(f"{group.name} with --epoch {group.thaws}" for group in named[:3])
         raise UserError(f"--group {name}: these layers thaw later.\nTry {when}.")
     if not chosen:
-        known = ["all", "head", "backbone", *(group.name for group in groups[1:] if group.thaws is not None)]
+        blocks = [group.name for group in groups[1:] if group.thaws is not None]
+        known = ["all", "head", *(["backbone", *blocks] if blocks else [])]
         raise UserError(
             f"--group {name}: no such layers train.{nearest(name, known)}\n"
             "What trains is set by backbone.trainable, such as -S backbone.trainable=all"
@@ -107,7 +108,7 @@ def suggestion(rates: Sequence[float], losses: Sequence[float]) -> Suggestion:
     mean = smoothed(losses)
     lowest = int(np.argmin(mean))
     slope = np.gradient(mean, np.log(rates))[: lowest + 1]
-    if lowest < 2 or mean[lowest] > FELL * mean[0]:
+    if mean[lowest] > FELL * mean[0]:
         raise UserError(
             "the loss does not fall at any of these rates.\nTry another --low and --high, more --steps, or see whether "
             "one batch can be learnt: python src/train.py --overfit"

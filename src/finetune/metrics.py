@@ -20,7 +20,7 @@ def mean_prediction(logits: Sequence[np.ndarray]) -> np.ndarray:
     """Return logits [n, classes] whose probabilities are the mean of those of several predictions; of one, itself."""
     if len(logits) == 1:
         return logits[0]
-    return np.log(np.mean([np.exp(log_softmax(each)) for each in logits], axis=0))
+    return np.logaddexp.reduce([log_softmax(each) for each in logits]) - np.log(len(logits))
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
