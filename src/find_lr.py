@@ -11,28 +11,13 @@ a copy: no checkpoint, experiment or setting changes. Needs data/prepared (`dvc 
 Leslie Smith 2015, arXiv:1506.01186; the smoothing and where it stops as in fastai.
 """
 
-import functools
 import itertools
 import json
 import math
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
-from finetune import (
-    augment,
-    backbones,
-    device,
-    images,
-    layers,
-    lr_range,
-    metrics,
-    optim,
-    params,
-    stage,
-    training,
-)
-from finetune.datasets import check_num_classes
+from finetune import experiment, layers, lr_range, params, stage, training
 from finetune.errors import UserError
 from finetune.files import replaced
 
@@ -50,34 +35,22 @@ def main() -> None:
     parser.add_argument("--low", type=float, default=1e-6, help="rate of the first step (default 1e-6)")
     parser.add_argument("--high", type=float, default=10.0, help="rate of the last step (default 10)")
     arguments = parser.parse_args()
-    settings = params.load(changes=arguments.changes)
     if not (0 < arguments.low < arguments.high < math.inf and arguments.steps >= 20):
         raise UserError("--low must be above 0 and below --high, and --steps 20 or more.")
-    if not 0 <= arguments.epoch < settings.num_epochs:
-        raise UserError(f"--epoch is {arguments.epoch}: it must be 0 to {settings.num_epochs - 1}, below num_epochs.")
-    store = images.ImageStore("data/prepared")
-    images.check_settings(store.manifest, settings.data)
-    check_num_classes(settings.num_classes, store.classes, settings.data.source)
-    device.make_deterministic()
-    device.keep_freed_memory()
-
-    tensors, backbone = weights(settings, any(each.startswith("backbone.weights=") for each in arguments.changes))
-    model, groups = backbones.fine_tuned(settings, tensors, backbone["missing"])
-    model.to(device.choose(settings.device))
-    chosen = lr_range.chosen_groups(groups, arguments.group, arguments.epoch)
-    normalization = store.manifest if settings.augment.normalize == "data" else backbone
-    normalize = functools.partial(augment.normalize, mean=normalization["mean"], std=normalization["std"])
-    objective = training.objective(settings, store.labels[store.indices("train")], next(model.parameters()).device)
-    optimizer = optim.optimizer(model, groups, settings.optimizer, settings.lr, settings.momentum)
-    rates = lr_range.rising(arguments.low, arguments.high, arguments.steps)
+    if not 0 <= arguments.epoch < params.load(changes=arguments.changes).num_epochs:
+        raise UserError(f"--epoch is {arguments.epoch}: it must be 0 or more, and below num_epochs.")
+    this = experiment.by_hand(arguments.changes)
+    settings = this.settings
+    chosen = lr_range.chosen_groups(this.groups, arguments.group, arguments.epoch)
     shares = {group.name: group.lr_scale / chosen[0].lr_scale for group in chosen}
+    rates = lr_range.rising(arguments.low, arguments.high, arguments.steps)
     try:
-        train_first(model, groups, optimizer, store, settings, normalize, objective, arguments.epoch)
-        layers.thaw(model, groups, arguments.epoch)
-        layers.train_mode(model, settings.backbone.batch_norm)
-        batches = forever(store, settings, arguments.epoch)
+        optimizer = train_first(this, arguments.epoch)
+        this.begin_epoch(arguments.epoch)
+        epochs = (training.training_batches(this.store, settings, e) for e in itertools.count(arguments.epoch))
+        batches = itertools.chain.from_iterable(epochs)
         with tqdm(total=len(rates), desc="find_lr", disable=None) as bar:
-            losses = lr_range.losses(model, optimizer, rates, shares, batches, normalize, objective, bar)
+            losses = lr_range.losses(this.model, optimizer, rates, shares, batches, this.normalize, this.objective, bar)
     except FloatingPointError as error:
         raise training.diverged(str(error), settings.lr, "Nothing was written.") from None
     except (torch.OutOfMemoryError, ValueError) as error:  # the latter from batch norm
@@ -85,51 +58,24 @@ def main() -> None:
     found = lr_range.suggestion(rates[: len(losses)], losses)
     write(found, arguments.group, chosen[0].name)
     print(f"steepest descent at {found.steepest:.2g}, safer {found.safer:.2g}: {OUTPUT}.png, {OUTPUT}.json")
-    others = arguments.group != "all" and any(group.thaws is not None and group not in chosen for group in groups)
+    others = arguments.group != "all" and any(group.thaws is not None and group not in chosen for group in this.groups)
     print(command(arguments.changes, suggested(settings, found.steepest, chosen[0], others)))
 
 
-def weights(settings: params.Params, other: bool) -> tuple[dict, dict]:
-    """Return the pretrained tensors and what is to be known of them: those of the workspace, or `other` ones anew."""
-    file = Path("models/backbone.safetensors")
-    if file.exists() and not other:
-        tensors, about = backbones.read(file)
-        if about["model_name"] == backbones.canonical_name(settings.model_name):
-            return tensors, about
-    return backbones.pretrained(settings.model_name, settings.backbone.weights)[:2]
-
-
-def train_first(
-    model: torch.nn.Module,
-    groups: list[layers.Group],
-    optimizer: torch.optim.Optimizer,
-    store: images.ImageStore,
-    settings: params.Params,
-    normalize,
-    objective: training.Objective,
-    epochs: int,
-) -> None:
-    """Train as the run does in its first epochs. The learning rates are as they were, whatever the schedule."""
-    rates = optim.rates(optimizer)
-    val_labels = store.labels[store.indices("val")]
-    steps = len(training.slices(len(store.indices("train")), settings.batch_size))
-    schedule = optim.LearningRate(optimizer, settings.schedule, settings.num_epochs, steps)
+def train_first(this: experiment.Experiment, epochs: int) -> torch.optim.Optimizer:
+    """Train as the run does in its first epochs; return the optimizer, with the rates of the settings again."""
+    optimizer, schedule = this.optimizer()
     for epoch in range(epochs):
-        layers.thaw(model, groups, epoch)
-        layers.train_mode(model, settings.backbone.batch_norm)
-        sums = training.Sums(next(model.parameters()).device, epoch, {})
-        batches = training.training_batches(store, settings, epoch)
-        with tqdm(total=steps, desc=f"epoch {epoch + 1}/{epochs}, before", disable=None) as bar:
-            training.train_epoch(model, optimizer, schedule, batches, normalize, objective, sums, bar)
-        val = training.plain_batches(store, "val", settings.data.image_size)
-        schedule.after_epoch(float(metrics.cross_entropy(training.predict(model, val, normalize), val_labels).mean()))
+        this.begin_epoch(epoch)
+        sums = training.Sums(this.device, epoch, {})
+        batches = training.training_batches(this.store, this.settings, epoch)
+        with tqdm(total=this.steps, desc=f"epoch {epoch + 1}/{epochs}, before", disable=None) as bar:
+            this.train_epoch(optimizer, schedule, batches, sums, bar)
+        schedule.after_epoch(this.validate(this.val_batches())[0])
+    scales = {group.name: group.lr_scale for group in this.groups if group.thaws is not None}
     for group in optimizer.param_groups:
-        group["lr"] = rates[group["name"]]
-
-
-def forever(store: images.ImageStore, settings: params.Params, epoch: int) -> Iterator[training.Batch]:
-    """Yield the batches of that epoch, and of all after it."""
-    return itertools.chain.from_iterable(training.training_batches(store, settings, e) for e in itertools.count(epoch))
+        group["lr"] = this.settings.lr * scales[group["name"]]
+    return optimizer
 
 
 def write(found: lr_range.Suggestion, group: str, first: str) -> None:

@@ -7,13 +7,9 @@
 Each epoch is logged to results/train/ (DVCLive) and saved to the store of checkpoints. A run that was killed goes on
 from there, and one that is finished there is not trained again. At the end its checkpoint becomes
 models/checkpoint.pt, and its weights models/model.safetensors.
-
-    python src/train.py --overfit                # a check: can it learn one batch by heart? Writes nothing
 """
 
-import argparse
 import contextlib
-import functools
 import math
 import os
 import shutil
@@ -21,25 +17,10 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from finetune import (
-    augment,
-    backbones,
-    checkpoint,
-    device,
-    layers,
-    lineage,
-    metrics,
-    optim,
-    params,
-    runs,
-    stage,
-    training,
-)
-from finetune.datasets import check_num_classes
-from finetune.errors import UserError, explained
+from finetune import backbones, checkpoint, experiment, layers, lineage, optim, params, runs, stage, training
+from finetune.errors import explained
 from finetune.images import ImageStore
 
 import torch
@@ -50,41 +31,24 @@ Stopped = Callable[[], signal.Signals | None]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--overfit", action="store_true", help="train on one batch alone, and write nothing")
-    only_overfit = parser.parse_args().overfit
     started = time.perf_counter()
     settings = params.load()
-    store = ImageStore("data/prepared")
-    check_num_classes(settings.num_classes, store.classes, store.manifest["source"])
-    device.make_deterministic()
-    device.keep_freed_memory()
-    place = device.choose(settings.device)
-    pretrained, backbone = backbones.read(Path("models/backbone.safetensors"))
+    store = ImageStore(experiment.STORE)
+    tensors, backbone = backbones.read(experiment.BACKBONE)
     # What a checkpoint on top of which another run trains must agree in with that one's settings.
     base = {"model_name": backbone["model_name"], "classes": store.classes, "weights": backbone["digest"]}
-    parent = None if only_overfit else lineage.find(settings.resume, base)
+    parent = lineage.find(settings.resume, base)
 
-    model, groups = backbones.fine_tuned(settings, pretrained, backbone["missing"])
-    model.to(place)
-    optimizer = optim.optimizer(model, groups, settings.optimizer, settings.lr, settings.momentum)
-    steps = len(training.slices(len(store.indices("train")), settings.batch_size))
-    schedule = optim.LearningRate(optimizer, settings.schedule, settings.num_epochs, steps)
-    session = checkpoint.Session(model, optimizer, schedule, started=started)
-    say_what_trains(model, groups, settings.lr)
-    normalization = store.manifest if settings.augment.normalize == "data" else backbone
-    mean, std = normalization["mean"], normalization["std"]
-    recipe = Recipe(settings, store, groups, functools.partial(augment.normalize, mean=mean, std=std))
-    if only_overfit:
-        return overfit(session, recipe)
-
+    this = experiment.build(settings, store, tensors, backbone)
+    say_what_trains(this)
+    session = checkpoint.Session(this.model, *this.optimizer(), started=started)
     if parent:
         session.inherit(*parent)
         print(f"on top of {parent[0]}, which has {len(session.history)} epochs")
     epochs = len(session.history) + settings.num_epochs
 
     origin = {key: session.lineage[-1][key] for key in ("run", "epochs")} if parent else None
-    identity = runs.identity(settings, store.manifest["files"], store.classes, backbone, place.type, origin)
+    identity = runs.identity(settings, store.manifest["files"], store.classes, backbone, this.device.type, origin)
     run = runs.Run(runs.store_folder(), runs.run_id(identity))
     about = base | {"run": run.name, "experiment": os.environ.get("DVC_EXP_NAME")}
     with run.held(about | {"parent": parent and parent[0], "identity": identity}):
@@ -98,7 +62,7 @@ def main() -> None:
             for row in session.history:
                 log(live, row)
             with stage.deferred_signals() as stopped:
-                train(session, recipe, epochs, writer, live, stopped)
+                train(this, session, epochs, writer, live, stopped)
             if settings.keep == "best":
                 session.take_best()
                 live.summary["best_step"] = session.best["row"]["step"]
@@ -109,30 +73,18 @@ def main() -> None:
         "classes": store.classes,
         "image_size": settings.data.image_size,
         "resize": store.manifest["resize"],
-        "mean": mean,
-        "std": std,
     }
-    backbones.write(Path("models/model.safetensors"), model.state_dict(), about_model)
+    backbones.write(Path("models/model.safetensors"), this.model.state_dict(), about_model | this.normalization)
 
 
-def say_what_trains(model: torch.nn.Module, groups: list[layers.Group], lr: float) -> None:
+def say_what_trains(this: experiment.Experiment) -> None:
     """Print the table of what trains."""
     sizes = Counter()
-    for name, parameter in model.named_parameters():
+    for name, parameter in this.model.named_parameters():
         sizes[layers.layer_of(name)] += parameter.numel()
-    trained = sum(sizes[layer] for group in groups if group.thaws is not None for layer in group.layers)
+    trained = sum(sizes[layer] for group in this.groups if group.thaws is not None for layer in group.layers)
     print(f"training {trained:,} of {sizes.total():,} parameters:")
-    print("\n".join(layers.table(groups, sizes, lr)))
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that an epoch is made of, and that does not change while a run trains."""
-
-    settings: params.Params
-    store: ImageStore
-    groups: list[layers.Group]
-    normalize: Callable[[torch.Tensor], torch.Tensor]
+    print("\n".join(layers.table(this.groups, sizes, this.settings.lr)))
 
 
 def go_on(session: checkpoint.Session, run: runs.Run, epochs: int) -> None:
@@ -150,18 +102,18 @@ def go_on(session: checkpoint.Session, run: runs.Run, epochs: int) -> None:
 
 
 def train(
-    session: checkpoint.Session, recipe: Recipe, epochs: int, writer: checkpoint.Writer, live: Live, stopped: Stopped
+    this: experiment.Experiment,
+    session: checkpoint.Session,
+    epochs: int,
+    writer: checkpoint.Writer,
+    live: Live,
+    stopped: Stopped,
 ) -> None:
-    """Train the session's model until it has `epochs` epochs, or stops early; log and save each.
+    """Train the model until the session has `epochs` epochs, or stops early; log and save each.
 
     Raises UserError, Interrupted.
     """
-    model, optimizer, run = session.model, session.optimizer, writer.run
-    settings, store, normalize = recipe.settings, recipe.store, recipe.normalize
-    place, size = next(model.parameters()).device, settings.data.image_size
-    steps = len(training.slices(len(store.indices("train")), settings.batch_size))
-    labels = store.labels[store.indices("val")]
-    objective = training.objective(settings, store.labels[store.indices("train")], place)
+    settings, optimizer, schedule, steps = this.settings, session.optimizer, session.schedule, this.steps
     first = epochs - settings.num_epochs  # of this run, on top of another's
     saved = time.monotonic()
 
@@ -189,17 +141,14 @@ def train(
             if training.stopped_early(session.history[first:], settings.early_stopping):
                 print(f"stopped early: val_loss is not lower since {settings.early_stopping.patience} epochs")
                 break
-            sums = training.Sums(place, epoch, session.sums)
+            sums = training.Sums(this.device, epoch, session.sums)
             if not sums.steps:
                 session.rates = optim.rates(optimizer)
-            layers.thaw(model, recipe.groups, epoch - first)
-            layers.train_mode(model, settings.backbone.batch_norm)
-            batches = watched(training.training_batches(store, settings, epoch, first=sums.steps), sums)
+            this.begin_epoch(epoch - first)
+            batches = watched(training.training_batches(this.store, settings, epoch, first=sums.steps), sums)
             with tqdm(total=steps, initial=sums.steps, desc=f"epoch {epoch + 1}/{epochs}", disable=None) as bar:
-                training.train_epoch(model, optimizer, session.schedule, batches, normalize, objective, sums, bar)
-            batches = watched(training.plain_batches(store, "val", size), sums)
-            logits = training.predict(model, batches, normalize)
-            val_loss = float(metrics.cross_entropy(logits, labels).mean())
+                this.train_epoch(optimizer, schedule, batches, sums, bar)
+            val_loss, val_acc = this.validate(watched(this.val_batches(), sums))
             if not math.isfinite(val_loss):
                 raise FloatingPointError(f"the loss in the validation after epoch {epoch + 1}")
 
@@ -209,13 +158,13 @@ def train(
                 "acc": means["acc"],
                 "loss": means["loss"],
                 "training_time": session.elapsed(),  # seconds, since the run began
-                "val_acc": metrics.accuracy(logits, labels),
+                "val_acc": val_acc,
                 "val_loss": val_loss,
                 "lr": session.rates,
             }
             session.history = [*session.history, row]
             session.sums = {}
-            session.schedule.after_epoch(val_loss)
+            schedule.after_epoch(val_loss)
             if settings.keep == "best":
                 session.keep_if_best()
             writer.save(session)
@@ -229,11 +178,11 @@ def train(
     except FloatingPointError as error:
         with contextlib.suppress(FloatingPointError):
             writer.wait()
-        kept = run.checkpoints()
+        kept = writer.run.checkpoints()
         last = f"The last good checkpoint is kept: {kept[-1].path}" if kept else "No epoch was complete."
         raise training.diverged(str(error), settings.lr, last) from None
     except (torch.OutOfMemoryError, ValueError) as error:  # the latter from batch norm
-        raise training.batch_does_not_fit(error, settings.batch_size, size) from None
+        raise training.batch_does_not_fit(error, settings.batch_size, settings.data.image_size) from None
 
 
 @contextlib.contextmanager
@@ -264,35 +213,6 @@ def log(live: Live, row: dict) -> None:
     del live.summary["lr"]
     live.summary.pop("lr_of", None)
     live.make_summary()
-
-
-def overfit(session: checkpoint.Session, recipe: Recipe, steps: int = 100) -> None:
-    """Train on the first batch alone, and tell whether it is learnt by heart. Raises UserError where it is not.
-
-    What stops it is a bug or a setting, not the pictures: a wrong label or normalisation, a head that is dead, a
-    learning rate far off, too much regularisation. https://karpathy.github.io/2019/04/25/recipe/
-    """
-    settings, store, model = recipe.settings, recipe.store, session.model
-    place = next(model.parameters()).device
-    objective = training.objective(settings, store.labels[store.indices("train")], place)
-    batch = next(training.training_batches(store, settings, epoch=0))
-    layers.thaw(model, recipe.groups, settings.num_epochs)
-    for number in range(steps + 1):
-        if number % 10 == 0:
-            logits = training.predict(model, [batch], recipe.normalize)
-            loss = float(metrics.cross_entropy(logits, batch.labels).mean())
-            acc = metrics.accuracy(logits, batch.labels)
-            print(f"step {number:3}: loss {loss:.4f}  acc {acc:.4f}")
-            layers.train_mode(model, settings.backbone.batch_norm)
-        training.step(model, session.optimizer, batch, recipe.normalize, objective)
-        session.schedule.after_step()
-    if not acc == 1.0:
-        raise UserError(
-            f"{steps} steps on one batch of {len(batch.labels)} pictures, and acc is {acc:.2f}: it can't be learnt "
-            f"by heart.\nTry another lr (now {settings.lr:g}), look at python src/preview.py, and lower what "
-            "regularises: dropout, weight_decay, mixup."
-        )
-    print(f"one batch of {len(batch.labels)} pictures is learnt by heart: data, network and optimizer work together")
 
 
 if __name__ == "__main__":

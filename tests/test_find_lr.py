@@ -5,7 +5,7 @@ import re
 import shlex
 
 import find_lr
-from finetune import backbones, optim, params, training
+from finetune import backbones, experiment, layers, metrics, optim, params, training
 from finetune.layers import Group
 from helpers import ROOT, run, run_forked, write_params
 
@@ -140,8 +140,8 @@ def test_without_prepared_pictures_it_says_how_to_get_them(tmp_path):
         (["--high", "inf"], "--low must be above 0 and below --high"),
         (["--low", "nan"], "--low must be above 0 and below --high"),
         (["--steps", "19"], "--steps 20 or more"),
-        (["--epoch", "-1"], "--epoch is -1: it must be 0 to 2"),
-        (["--epoch", "3"], "--epoch is 3: it must be 0 to 2, below num_epochs"),
+        (["--epoch", "-1"], "--epoch is -1: it must be 0 or more"),
+        (["--epoch", "3"], "--epoch is 3: it must be 0 or more, and below num_epochs"),
         (["-S", "lr"], "Write it as -S lr=0.01"),
     ],
 )
@@ -197,30 +197,30 @@ def test_what_is_trained_before_is_what_the_run_trains_and_the_rates_are_whole_a
     sizes = ("data.image_size=32", "data.resize=40", "batch_size=2", "num_epochs=3")
     settings = load(*sizes, f"schedule.name={name}", "schedule.patience=0", "optimizer.backbone_lr_scale=0.5")
     groups = [Group("head", ["3"], 0), Group("first", ["0"], 1, 0.5)]
-    objective = training.Objective(2)
+    about = {"mean": [0.5] * 3, "std": [0.25] * 3}
 
-    def begun() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    def begun() -> experiment.Experiment:
         torch.manual_seed(0)
         pool = torch.nn.AdaptiveAvgPool2d(1)
         model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), pool, torch.nn.Flatten(), torch.nn.Linear(4, 2))
-        return model, optim.optimizer(model, groups, settings.optimizer, 0.1, 0.0)
+        return experiment.Experiment(settings, Store(), about, model, groups, training.Objective(2))
 
-    def normalize(pictures: torch.Tensor) -> torch.Tensor:
-        return pictures / 255
+    this = begun()
+    optimizer = find_lr.train_first(this, 2)
+    assert optim.rates(optimizer) == {"head": 0.01, "first": 0.005}
 
-    model, optimizer = begun()
-    find_lr.train_first(model, groups, optimizer, Store(), settings, normalize, objective, 2)
-    assert optim.rates(optimizer) == {"head": 0.1, "first": 0.05}
-
-    expected, other = begun()
+    expected = begun()
+    other = optim.optimizer(expected.model, groups, settings.optimizer, 0.01, settings.momentum)
     schedule = optim.LearningRate(other, settings.schedule, 3, 2)
     for epoch in range(2):
-        find_lr.layers.thaw(expected, groups, epoch)
-        expected.train()
+        layers.thaw(expected.model, groups, epoch)
+        expected.model.train()
         for batch in training.training_batches(Store(), settings, epoch):
-            training.step(expected, other, batch, normalize, objective)
+            training.step(expected.model, other, batch, expected.normalize, expected.objective)
             schedule.after_step()
-        logits = training.predict(expected, training.plain_batches(Store(), "val", 32), normalize)
-        schedule.after_epoch(float(find_lr.metrics.cross_entropy(logits, np.array([0, 1])).mean()))
-    assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
-    assert not torch.equal(model[0].weight, begun()[0][0].weight)
+        logits = training.predict(
+            expected.model, training.plain_batches(Store(), "val", 32), lambda x: (x / 255 - 0.5) / 0.25
+        )
+        schedule.after_epoch(float(metrics.cross_entropy(logits, np.array([0, 1])).mean()))
+    assert all(map(torch.equal, this.model.state_dict().values(), expected.model.state_dict().values()))
+    assert not torch.equal(this.model[0].weight, begun().model[0].weight)

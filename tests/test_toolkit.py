@@ -302,14 +302,14 @@ def test_the_models_file_has_the_mean_and_standard_deviation_that_it_was_trained
 def test_one_batch_is_learnt_by_heart_and_nothing_written(folders):
     folder = folders(**ALL, lr=0.01, momentum=0.9)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "printed.txt"}
-    printed = run_forked(folder, "train", "--overfit")
+    printed = run_forked(folder, "overfit")
     assert "one batch of 4 pictures is learnt by heart" in printed
     after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "printed.txt"}
     assert after == before
 
 
 def test_a_batch_that_is_not_learnt_says_what_to_look_at(folders):
-    printed = run_forked(folders(lr=1e-9), "train", "--overfit", status=1)
+    printed = run_forked(folders(), "overfit", "-S", "lr=1e-9", status=1)
     assert "error: 100 steps on one batch of 4 pictures, and acc is" in printed
     assert "Try another lr (now 1e-09)" in printed
 

