@@ -72,9 +72,7 @@ def train_first(this: experiment.Experiment, epochs: int) -> torch.optim.Optimiz
         with tqdm(total=this.steps, desc=f"epoch {epoch + 1}/{epochs}, before", disable=None) as bar:
             this.train_epoch(optimizer, schedule, batches, sums, bar)
         schedule.after_epoch(this.validate(this.val_batches())[0])
-    scales = {group.name: group.lr_scale for group in this.groups if group.thaws is not None}
-    for group in optimizer.param_groups:
-        group["lr"] = this.settings.lr * scales[group["name"]]
+    this.set_full_rates(optimizer)
     return optimizer
 
 

@@ -20,6 +20,7 @@ def main() -> None:
     this = experiment.by_hand(params.parser(__doc__).parse_args().changes)
     settings = this.settings
     optimizer, _ = this.optimizer()
+    this.set_full_rates(optimizer)
     batch = next(training.training_batches(this.store, settings, epoch=0))
     count, acc = len(batch.labels), 0.0
     try:

@@ -132,7 +132,7 @@ def epoch_views(
     """Yield how the epoch shows them when they come for the first time; None for one that it does not have."""
     indices, size = store.indices("train"), settings.data.image_size
     order = training.epoch_order(settings.seed, epoch, store.labels[indices], settings.data.balance == "sampler")
-    rows = order + len(indices) * training.occurrences(order)
+    rows = training.rows_of_draws(order)
     draws = augment.epoch_draws(settings.seed, epoch, rows.max() + 1, settings.augment)
     batches = training.slices(len(order), settings.batch_size)
     for position in positions:

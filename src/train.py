@@ -54,7 +54,7 @@ def main() -> None:
     with run.held(about | {"parent": parent and parent[0], "identity": identity}):
         if settings.resume == "never":
             run.begin_anew()
-        go_on(session, run, epochs)
+        go_on(session, run, epochs, settings)
         limit = settings.checkpoint_store_gb * 1e9
         with checkpoint.Writer(run, epochs, about, limit) as writer, logged(Path("results/train")) as live:
             if parent:
@@ -82,12 +82,15 @@ def say_what_trains(this: experiment.Experiment) -> None:
     sizes = Counter()
     for name, parameter in this.model.named_parameters():
         sizes[layers.layer_of(name)] += parameter.numel()
-    trained = sum(sizes[layer] for group in this.groups if group.thaws is not None for layer in group.layers)
-    print(f"training {trained:,} of {sizes.total():,} parameters:")
-    print("\n".join(layers.table(this.groups, sizes, this.settings.lr)))
+    epochs = this.settings.num_epochs
+    trained = [
+        layer for group in this.groups if group.thaws is not None and group.thaws < epochs for layer in group.layers
+    ]
+    print(f"training {sum(sizes[layer] for layer in trained):,} of {sizes.total():,} parameters:")
+    print("\n".join(layers.table(this.groups, sizes, this.settings.lr, epochs)))
 
 
-def go_on(session: checkpoint.Session, run: runs.Run, epochs: int) -> None:
+def go_on(session: checkpoint.Session, run: runs.Run, epochs: int, settings: params.Params) -> None:
     """Take the run up where the store has it, and say so."""
     found = checkpoint.newest(run, epochs)
     if not found:
@@ -95,7 +98,8 @@ def go_on(session: checkpoint.Session, run: runs.Run, epochs: int) -> None:
     state, path = found
     session.restore(state)
     done = len(session.history)
-    if done == epochs:
+    own = session.history[epochs - settings.num_epochs :]
+    if done == epochs or training.stopped_early(own, settings.early_stopping):
         print(f"this run is finished, nothing to train: {path}")
     else:
         print(f"going on after {done} epochs and {checkpoint.steps(state)} steps: {path}")

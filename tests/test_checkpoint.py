@@ -203,6 +203,25 @@ def test_everything_first_and_then_the_head_keeps_what_the_parent_made_of_the_tr
     assert [each["name"] for each in grandchild.lineage] == ["mine", "mine too"]
 
 
+def test_on_top_of_a_run_that_kept_an_earlier_epoch_a_run_begins_with_that_one_and_without_memories():
+    parent = session("all")
+    train(parent, "all")
+    parent.history = [{"step": 0, "val_acc": 0.9, "val_loss": 1.0}]
+    parent.keep_if_best()
+    kept = tensors(parent)
+    child = session("all")
+    child.inherit("mine", saved(parent))
+    assert child.optimizer.state  # the best one is the last one
+    train(parent, "all")
+    parent.history = [*parent.history, {"step": 1, "val_acc": 0.8, "val_loss": 1.0}]
+    parent.keep_if_best()
+    child = session("all")
+    child.inherit("mine", saved(parent))
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in child.model.state_dict().items())
+    assert not any(torch.equal(kept[name], tensor) for name, tensor in parent.model.state_dict().items())
+    assert not child.optimizer.state
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_optimizers_memory_is_taken_over_and_its_settings_are_not(name):
     parent, child = session("all", name=name), session("all", 0.5, name=name)

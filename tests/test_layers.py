@@ -212,13 +212,18 @@ SIZES = {"head.fc": 10, "a": 1000, "b.0": 100, "b.1": 23, "c": 2, "d.0.x": 3, "d
         ("all", [], {}, ["layers   parameters          lr",
                          "head             10  trains  0.02",
                          "d.0 … a       1,132  trains  0.02"]),  # the head is apart, whatever the others do
+        ("all", [], {"unfreeze_epoch": 3, "unfreeze_every": 1},
+                        ["layers  parameters                                          lr",
+                         "head            10  trains                                  0.02",
+                         "d.0              7  from epoch 4                            0.02",
+                         "c … a        1,125  frozen: 4 epochs are too few to thaw"]),
     ],
 )  # fmt: skip
 def test_the_table_of_what_trains(trainable, missing, options, expected):
     def words(line: str) -> str:
         return re.sub("  +", " | ", line)
 
-    lines = layers.table(planned(trainable, missing, **options), SIZES, lr=0.02)
+    lines = layers.table(planned(trainable, missing, **options), SIZES, lr=0.02, num_epochs=4)
     assert [words(line) for line in lines] == [words(line) for line in expected]
     ends = {re.match(r".*?\S  +[\d,]+(?=  )|.*parameters", line).end() for line in lines}
     assert len(ends) == 1  # the numbers stand one below the other

@@ -257,10 +257,12 @@ def test_the_script_itself_killed_ends_as_one_that_was_not(folders):
 
 
 @pytest.mark.slow
-def test_more_epochs_go_on_from_fewer_and_end_as_if_asked_at_once(folders):
-    folder, at_once = folders(num_epochs=2), folders(num_epochs=4)
+@pytest.mark.parametrize("schedule", ["constant", "sgdr"])
+def test_more_epochs_go_on_from_fewer_and_end_as_if_asked_at_once(folders, schedule):
+    settings = {"schedule__name": schedule, "schedule__cycle_epochs": 1}
+    folder, at_once = folders(num_epochs=2, **settings), folders(num_epochs=4, **settings)
     assert epochs(run_forked(folder)) == [1, 2]
-    write_params(folder, **TINY | {"num_epochs": 4})
+    write_params(folder, **TINY | settings | {"num_epochs": 4})
     printed = run_forked(folder)
     assert (went_on(printed), epochs(printed)) == ((2, 0), [3, 4])
     run_forked(at_once)

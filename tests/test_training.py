@@ -134,17 +134,16 @@ def test_a_plain_epoch_has_each_picture_once():
 
 
 @pytest.mark.parametrize(
-    ("order", "before"),
+    ("order", "rows"),
     [
         ([0], [0]),
-        ([2, 0, 1], [0, 0, 0]),
-        ([3, 3, 3, 3], [0, 1, 2, 3]),
-        ([1, 0, 1, 1, 0, 2], [0, 0, 1, 2, 1, 0]),
-        ([5, 9, 9, 5, 9], [0, 0, 1, 1, 2]),
+        ([2, 0, 1], [2, 0, 1]),
+        ([3, 3, 3, 3], [3, 4, 5, 6]),
+        ([1, 0, 1, 1, 0, 2], [1, 0, 6, 7, 8, 2]),
     ],
 )
-def test_occurrences(order, before):
-    assert training.occurrences(np.array(order)).tolist() == before
+def test_a_picture_takes_its_own_draws_and_where_it_comes_again_others(order, rows):
+    assert training.rows_of_draws(np.array(order)).tolist() == rows
 
 
 def test_a_picture_that_comes_again_looks_different_and_the_first_time_as_without_the_sampler(store):

@@ -92,11 +92,14 @@ class Session:
     def inherit(self, name: str, state: dict[str, Any]) -> None:
         """Begin on top of a finished run: with its tensors, its history, and what its optimizer remembers of each.
 
-        The settings, learning rate and schedule are this run's own. Raises UserError where a tensor does not fit.
+        Where the run has kept an epoch before its last, with the tensors of that one, and no memories. The settings,
+        learning rate and schedule are this run's own. Raises UserError where a tensor does not fit.
         """
-        self._take_tensors(state["model"])
+        best = state["best"]
+        earlier = bool(best) and best["row"]["step"] < state["history"][-1]["step"]
+        self._take_tensors(best["model"] if earlier else state["model"])
         self.kept |= set(state["model"])
-        if state["optimizer_name"] == type(self.optimizer).__name__:
+        if not earlier and state["optimizer_name"] == type(self.optimizer).__name__:
             self._inherit_memories(_by_name(state["optimizer"]))
         self.lineage = [*state["lineage"], {"run": state["run"], "name": name, "epochs": len(state["history"])}]
         self.history, self.seconds = state["history"], state["seconds"]

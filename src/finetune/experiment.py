@@ -51,6 +51,12 @@ class Experiment:
         result = optim.optimizer(self.model, self.groups, settings.optimizer, settings.lr, settings.momentum)
         return result, optim.LearningRate(result, settings.schedule, settings.num_epochs, self.steps)
 
+    def set_full_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give the optimizer's groups the rates of the settings, wherever the schedule has them."""
+        scales = {group.name: group.lr_scale for group in self.groups if group.thaws is not None}
+        for group in optimizer.param_groups:
+            group["lr"] = self.settings.lr * scales[group["name"]]
+
     def begin_epoch(self, epoch: int) -> None:
         """Have those layers train that do in an epoch, counted from the run's first."""
         layers.thaw(self.model, self.groups, epoch)

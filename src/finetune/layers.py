@@ -152,8 +152,8 @@ def plan(
     return groups
 
 
-def table(groups: Sequence[Group], sizes: dict[str, int], lr: float) -> list[str]:
-    """Return the lines that say what trains: layers, parameters, whether and from which epoch on, learning rate.
+def table(groups: Sequence[Group], sizes: dict[str, int], lr: float, num_epochs: int) -> list[str]:
+    """Return the lines that say what trains in so many epochs: layers, parameters, from when on, learning rate.
 
     `sizes` are the numbers of the layers' parameters. Groups side by side that train alike share a line; the head's is
     its own.
@@ -161,8 +161,13 @@ def table(groups: Sequence[Group], sizes: dict[str, int], lr: float) -> list[str
     rows: list[list] = []
     for group in groups:
         size = sum(sizes.get(layer, 0) for layer in group.layers)
-        trains = "frozen" if group.thaws is None else f"from epoch {group.thaws + 1}" if group.thaws else "trains"
-        rate = "" if group.thaws is None else f"{lr * group.lr_scale:.4g}"
+        rate = f"{lr * group.lr_scale:.4g}"
+        if group.thaws is None:
+            trains, rate = "frozen", ""
+        elif group.thaws >= num_epochs:
+            trains, rate = f"frozen: {num_epochs} epochs are too few to thaw", ""
+        else:
+            trains = f"from epoch {group.thaws + 1}" if group.thaws else "trains"
         if rows and rows[-1][2:] == [trains, rate] and len(rows) > 1:
             rows[-1][0] = f"{rows[-1][0].partition(' … ')[0]} … {group.name}"
             rows[-1][1] += size

@@ -7,7 +7,8 @@ import numpy as np
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Return the log probabilities of the classes, [n, classes] float64."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # of logits that are none, which the caller sees
+        shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 

@@ -72,7 +72,7 @@ class LearningRate:
     """The learning rates of an optimizer's groups as training goes on: a warm-up, then torch's scheduler of a name."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, settings: Schedule, num_epochs: int, steps: int):
-        """Set the rates of the first step; `steps` are those of an epoch. After the last epoch they stay."""
+        """Set the rates of the first step; `steps` are those of an epoch."""
         self.settings = settings
         self._warmup_steps = round(settings.warmup_epochs * steps)
         self._steps = num_epochs * steps - self._warmup_steps
@@ -86,7 +86,7 @@ class LearningRate:
         """Set the rates of the next step."""
         if self._warmup.last_epoch < self._warmup_steps:
             self._warmup.step()
-        elif self.settings.name not in BY_EPOCH and self._scheduler.last_epoch < self._steps - 1:
+        elif self.settings.name not in BY_EPOCH and not self._is_over():
             self._scheduler.step()
 
     def after_epoch(self, val_loss: float) -> None:
@@ -94,6 +94,10 @@ class LearningRate:
         self._epochs += 1
         if self.settings.name in BY_EPOCH and self._epochs > self.settings.warmup_epochs:
             self._scheduler.step(*([val_loss] if self.settings.name == "plateau" else []))
+
+    def _is_over(self) -> bool:
+        """Tell whether a schedule that is made for a number of epochs is at its last step, where its rates stay."""
+        return self.settings.depends_on_num_epochs() and self._scheduler.last_epoch >= self._steps - 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the schedule is; the rates themselves are the optimizer's."""

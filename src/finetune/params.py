@@ -27,6 +27,8 @@ def _inside_weights(name: str) -> str:
 
 
 def _trainable(value: Any) -> str | int | list[str]:
+    if isinstance(value, list) and len(value) == 1:
+        (value,) = value
     names = value if isinstance(value, list) else [value]
     is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
     if not is_count and not (names and all(isinstance(name, str) and name for name in names)):

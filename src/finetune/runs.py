@@ -58,6 +58,7 @@ def identity(
         chosen[group] = {key: value for key, value in chosen[group].items() if key not in keys}
     if not settings.schedule.depends_on_num_epochs():
         del chosen["num_epochs"]
+    packages = ["numpy", "torch", "torchvision", *(["timm"] if backbone["model_name"].startswith("timm:") else [])]
     return {
         "settings": chosen,
         "data": {name: file["sha256"] for name, file in store_files.items()} | {"classes": classes},
@@ -65,7 +66,7 @@ def identity(
         "device": device_type,
         "parent": parent,
         "code": code_digests(),
-        "versions": {name: version(name) for name in ("numpy", "torch", "torchvision")},
+        "versions": {name: version(name) for name in packages},
     }
 
 

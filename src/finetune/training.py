@@ -45,7 +45,7 @@ def objective(settings: Params, labels: np.ndarray, device: torch.device) -> Obj
     """Return the objective of these settings; `labels` are those of the training pictures."""
     weights = None
     if settings.data.balance == "loss":
-        counts = np.bincount(labels, minlength=settings.num_classes).clip(1)  # where data.limit left a class out
+        counts = np.bincount(labels, minlength=settings.num_classes).clip(1)  # one without pictures weighs in no batch
         weights = torch.tensor(len(labels) / (settings.num_classes * counts), dtype=torch.float32, device=device)
     return Objective(settings.num_classes, settings.optimizer.label_smoothing, weights, settings.optimizer.grad_clip)
 
@@ -84,14 +84,16 @@ def epoch_order(seed: int, epoch: int, labels: np.ndarray, balanced: bool) -> np
     return generator.permutation(np.concatenate(chosen))
 
 
-def occurrences(order: np.ndarray) -> np.ndarray:
-    """Return how often the order had each of its entries before: [n], 0 at the first time."""
-    by_entry = np.argsort(order, kind="stable")
-    first = np.r_[True, np.diff(order[by_entry]) != 0]
-    starts = np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))
-    result = np.empty_like(order)
-    result[by_entry] = np.arange(len(order)) - starts
-    return result
+def rows_of_draws(order: np.ndarray) -> np.ndarray:
+    """Return the row of the epoch's random draws that each entry of the order takes: [n].
+
+    A picture's own; where it comes again, one behind those of all pictures, so that it looks different.
+    """
+    again = np.ones(len(order), bool)
+    again[np.unique(order, return_index=True)[1]] = False
+    rows = order.copy()
+    rows[again] = len(order) + np.arange(again.sum())
+    return rows
 
 
 def training_batches(store: ImageStore, settings: Params, epoch: int, first: int = 0) -> Iterator[Batch]:
@@ -102,7 +104,7 @@ def training_batches(store: ImageStore, settings: Params, epoch: int, first: int
     """
     seed, indices = settings.seed, store.indices("train")
     order = epoch_order(seed, epoch, store.labels[indices], settings.data.balance == "sampler")
-    rows = order + len(indices) * occurrences(order)
+    rows = rows_of_draws(order)
     draws = augment.epoch_draws(seed, epoch, rows.max() + 1, settings.augment)
     parts = slices(len(order), settings.batch_size)
     dropout_seeds = augment.dropout_seeds(seed, epoch, len(parts))
