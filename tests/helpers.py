@@ -122,7 +122,7 @@ def clone(folder: Path, recipe: str = RECIPE, **settings) -> Path:
 def as_user(folder: Path) -> dict[str, str]:
     """Return the environment of a user who stands in a folder, with the tests' Python and dvc on PATH."""
     environ = {name: value for name, value in os.environ.items() if name not in ("DATA_ARCHIVE", "WEIGHTS_DIR")}
-    return environ | {"PATH": f"{Path(sys.executable).parent}:{environ['PATH']}", "PWD": str(folder), "COLUMNS": "250"}
+    return environ | {"PATH": f"{Path(sys.executable).parent}:{environ['PATH']}", "PWD": str(folder), "COLUMNS": "400"}
 
 
 def dvc(folder: Path, *arguments: str, status: int = 0, **variables: str) -> str:
