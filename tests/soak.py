@@ -27,10 +27,9 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 
-from helpers import as_user, clone, git
+from helpers import as_user, clone, differences, git, results
 
 import psutil
-from test_resume import differences, results
 
 RECIPE = "drawn: [ants, bees]\ntrain: 40\nval: 10\nsize: 40\nseed: 0\n"
 SETTINGS = {
