@@ -2,7 +2,7 @@
 
 import math
 
-LONG = ("test_pipeline", "test_lineage", "test_killed")  # through DVC
+LONG = ("test_pipeline", "test_lineage", "test_summarize")  # through DVC, and without a fixture that takes long
 
 
 def pytest_collection_modifyitems(config, items):
