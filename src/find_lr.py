@@ -44,17 +44,13 @@ def main() -> None:
     chosen = lr_range.chosen_groups(this.groups, arguments.group, arguments.epoch)
     shares = {group.name: group.lr_scale / chosen[0].lr_scale for group in chosen}
     rates = lr_range.rising(arguments.low, arguments.high, arguments.steps)
-    try:
+    with training.errors_explained(settings):
         optimizer = train_first(this, arguments.epoch)
         this.begin_epoch(arguments.epoch)
         epochs = (training.training_batches(this.store, settings, e) for e in itertools.count(arguments.epoch))
         batches = itertools.chain.from_iterable(epochs)
         with tqdm(total=len(rates), desc="find_lr", disable=None) as bar:
             losses = lr_range.losses(this.model, optimizer, rates, shares, batches, this.normalize, this.objective, bar)
-    except FloatingPointError as error:
-        raise training.diverged(str(error), settings.lr, "Nothing was written.") from None
-    except (torch.OutOfMemoryError, ValueError) as error:  # the latter from batch norm
-        raise training.batch_does_not_fit(error, settings.batch_size, settings.data.image_size) from None
     found = lr_range.suggestion(rates[: len(losses)], losses)
     write(found, arguments.group, chosen[0].name)
     print(f"steepest descent at {found.steepest:.2g}, safer {found.safer:.2g}: {OUTPUT}.png, {OUTPUT}.json")

@@ -11,8 +11,6 @@ https://karpathy.github.io/2019/04/25/recipe/
 from finetune import experiment, metrics, params, stage, training
 from finetune.errors import UserError
 
-import torch
-
 STEPS = 100
 
 
@@ -23,7 +21,7 @@ def main() -> None:
     this.set_full_rates(optimizer)
     batch = next(training.training_batches(this.store, settings, epoch=0))
     count, acc = len(batch.labels), 0.0
-    try:
+    with training.errors_explained(settings):
         for step in range(STEPS + 1):
             if step % 10 == 0:
                 logits = training.predict(this.model, [batch], this.normalize)
@@ -31,8 +29,6 @@ def main() -> None:
                 print(f"step {step:3}: loss {metrics.cross_entropy(logits, batch.labels).mean():.4f}  acc {acc:.4f}")
                 this.begin_epoch(settings.num_epochs)  # all that ever trains
             training.step(this.model, optimizer, batch, this.normalize, this.objective)
-    except (torch.OutOfMemoryError, ValueError) as error:  # the latter from batch norm
-        raise training.batch_does_not_fit(error, settings.batch_size, settings.data.image_size) from None
     if acc < 1:
         raise UserError(
             f"{STEPS} steps on one batch of {count} pictures, and acc is {acc:.2f}: it is not learnt by heart.\n"

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune import augment, backbones, images, params, stage, training
+from finetune import augment, backbones, experiment, images, params, stage, training
 from finetune.errors import UserError
 from finetune.files import replaced
 
@@ -67,9 +67,7 @@ def main() -> None:
         raise UserError("--pictures and --epochs should be 1 or more.")
     if args.output.suffix.lower() != ".png":
         raise UserError(f"--output {args.output} should end in .png.")
-    settings = params.load(changes=args.changes)
-    store = images.ImageStore("data/prepared")
-    images.check_settings(store.manifest, settings.data)
+    settings, store = experiment.prepared(args.changes)
     mean, std = normalization(settings, store)
 
     positions = chosen(store, args.pictures)

@@ -23,7 +23,6 @@ from finetune import backbones, checkpoint, experiment, layers, lineage, optim, 
 from finetune.errors import explained
 from finetune.images import ImageStore
 
-import torch
 from dvclive import Live
 from tqdm import tqdm
 
@@ -83,9 +82,7 @@ def say_what_trains(this: experiment.Experiment) -> None:
     for name, parameter in this.model.named_parameters():
         sizes[layers.layer_of(name)] += parameter.numel()
     epochs = this.settings.num_epochs
-    trained = [
-        layer for group in this.groups if group.thaws is not None and group.thaws < epochs for layer in group.layers
-    ]
+    trained = [layer for group in this.groups if group.trains_in(epochs - 1) for layer in group.layers]
     print(f"training {sum(sizes[layer] for layer in trained):,} of {sizes.total():,} parameters:")
     print("\n".join(layers.table(this.groups, sizes, this.settings.lr, epochs)))
 
@@ -139,7 +136,14 @@ def train(
                 )
             yield batch
 
-    try:
+    def kept() -> str:
+        """Say which checkpoint there is, once all that are good are written."""
+        with contextlib.suppress(FloatingPointError):
+            writer.wait()
+        found = writer.run.checkpoints()
+        return f"The last good checkpoint is kept: {found[-1].path}" if found else "No epoch was complete."
+
+    with training.errors_explained(settings, kept):
         while len(session.history) < epochs:
             epoch = len(session.history)
             if training.stopped_early(session.history[first:], settings.early_stopping):
@@ -179,14 +183,6 @@ def train(
                 f"val_loss {row['val_loss']:.4f}  val_acc {row['val_acc']:.4f}  {row['training_time']:.1f} s"
             )
         writer.wait()
-    except FloatingPointError as error:
-        with contextlib.suppress(FloatingPointError):
-            writer.wait()
-        kept = writer.run.checkpoints()
-        last = f"The last good checkpoint is kept: {kept[-1].path}" if kept else "No epoch was complete."
-        raise training.diverged(str(error), settings.lr, last) from None
-    except (torch.OutOfMemoryError, ValueError) as error:  # the latter from batch norm
-        raise training.batch_does_not_fit(error, settings.batch_size, settings.data.image_size) from None
 
 
 @contextlib.contextmanager

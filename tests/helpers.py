@@ -21,6 +21,15 @@ ROOT = Path(__file__).parent.parent
 RECIPE = "drawn: [ants, bees]\ntrain: 6\nval: 4\nsize: 40\nseed: 0\n"
 
 
+TINY = {  # of a run of a second, on what make_pictures makes in a folder `pictures`
+    "data__source": "pictures",
+    "data__resize": 36,
+    "data__image_size": 32,
+    "model_name": "squeezenet",
+    "device": "cpu",
+}
+
+
 def make_pictures(folder: Path, numbers: dict[str, int], size: int = 24) -> None:
     """Write pictures of noise, no two alike: {"train/ants": 3} is folder/train/ants/0.png, 1.png and 2.png."""
     for name, number in numbers.items():

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
+import helpers
 from finetune import checkpoint, params, runs
 from helpers import ROOT, Forked, differences, make_pictures, results, run_forked, write_params
 
@@ -22,17 +23,12 @@ import torchvision
 SEED = 0  # of the moments at which processes are killed
 KILLS = 6  # at least, of each configuration
 TRAINING = " parameters:"  # is printed before a run's first step
-TINY = {
-    "data__source": "pictures",
-    "data__resize": 36,
-    "data__image_size": 32,
-    "model_name": "squeezenet",
+TINY = helpers.TINY | {
     "backbone__weights": "mine.pth",
     "num_epochs": 4,
     "batch_size": 4,
     "lr": 0.01,
     "momentum": 0.9,
-    "device": "cpu",
 }
 NOISE = {"train/ants": 20, "train/bees": 21, "val/ants": 5, "val/bees": 6}
 

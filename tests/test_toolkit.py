@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import helpers
 from finetune import augment, backbones, checkpoint, params
 from finetune.digests import digest
 from finetune.images import ImageStore
@@ -19,16 +20,11 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
-TINY = {
-    "data__source": "pictures",
-    "data__resize": 36,
-    "data__image_size": 32,
-    "model_name": "squeezenet",
+TINY = helpers.TINY | {
     "backbone__weights": "mine.pth",
     "num_epochs": 1,
     "batch_size": 4,
     "lr": 0.01,
-    "device": "cpu",
 }
 ALL = {"backbone__trainable": "all"}
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 from finetune import augment, backbones, checkpoint
 from finetune.images import ImageStore
 from helpers import ROOT, make_pictures, run, write_params
@@ -18,14 +19,9 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
-TINY = {
-    "data__source": "pictures",
-    "data__resize": 36,
-    "data__image_size": 32,
-    "model_name": "squeezenet",
+TINY = helpers.TINY | {
     "backbone__weights": "none",
     "num_epochs": 2,
-    "device": "cpu",
 }
 PROXY = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy")}  # refuses: no network
 

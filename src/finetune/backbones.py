@@ -247,11 +247,11 @@ def fine_tuned(
     torch.manual_seed(settings.seed)
     model = build(settings.model_name, settings.num_classes, settings.data.image_size, settings.head)
     load_tensors(model, tensors)
-    head, trained = heads.head_layers(model), settings.backbone
+    head, trained, known = heads.head_layers(model), settings.backbone, layers.layers(model)
     groups = layers.plan(
         layers.blocks(model, head),
         head,
-        [layer for layer in missing if layer in layers.layers(model)],
+        [layer for layer in missing if layer in known],
         trained.trainable,
         trained.unfreeze_epoch,
         trained.unfreeze_every,
@@ -263,13 +263,13 @@ def fine_tuned(
 
 def normalization(model_name: str, weights: str) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation, per channel in [0, 1], of the pictures that the weights were trained on."""
-    if weights == "imagenet" and model_name.startswith(TIMM):
-        config = _timm().get_pretrained_cfg(model_name.removeprefix(TIMM))
-        return list(config.mean), list(config.std)
-    if weights == "imagenet":
-        transforms = _official(model_name).transforms()
-        return list(transforms.mean), list(transforms.std)
-    return IMAGENET_MEAN, IMAGENET_STD
+    if weights != "imagenet":
+        return IMAGENET_MEAN, IMAGENET_STD
+    is_timms = model_name.startswith(TIMM)
+    known = (
+        _timm().get_pretrained_cfg(model_name.removeprefix(TIMM)) if is_timms else _official(model_name).transforms()
+    )
+    return list(known.mean), list(known.std)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], about: dict) -> None:

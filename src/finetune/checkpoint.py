@@ -62,10 +62,9 @@ class Session:
                 "history": self.history,
                 "sums": self.sums,
                 "rates": self.rates,
-                "best": self.best,
                 "seconds": self.elapsed(),
             }
-        )
+        ) | {"best": self.best}  # a copy already, which nothing changes
 
     def keep_if_best(self) -> None:
         """Keep the tensors where the last epoch is the best one: by val_acc, then val_loss, the first of equals."""

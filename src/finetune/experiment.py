@@ -98,15 +98,23 @@ def build(settings: params.Params, store: images.ImageStore, tensors: dict[str, 
     return Experiment(settings, store, backbone, model.to(place), groups, objective)
 
 
-def by_hand(changes: Sequence[str]) -> Experiment:
-    """Return the experiment of params.yaml with `changes`, for a script that leaves the workspace as it is.
+def prepared(changes: Sequence[str]) -> tuple[params.Params, images.ImageStore]:
+    """Return the settings of params.yaml with `changes`, and the pictures in the workspace.
 
-    With the pretrained tensors of the workspace, where they are of this model. Raises UserError where the pictures
-    there were prepared with other settings.
+    Raises UserError where these were prepared with other settings.
     """
     settings = params.load(changes=changes)
     store = images.ImageStore(STORE)
     images.check_settings(store.manifest, settings.data)
+    return settings, store
+
+
+def by_hand(changes: Sequence[str]) -> Experiment:
+    """Return the experiment of params.yaml with `changes`, for a script that leaves the workspace as it is.
+
+    With the pretrained tensors of the workspace, where they are of this model. Raises UserError as `prepared` does.
+    """
+    settings, store = prepared(changes)
     if BACKBONE.exists() and not any(change.startswith("backbone.weights=") for change in changes):
         tensors, backbone = backbones.read(BACKBONE)
         if backbone["model_name"] == backbones.canonical_name(settings.model_name):

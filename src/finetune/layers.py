@@ -1,6 +1,6 @@
 """What trains, from which epoch on and how fast: a network's blocks, and the plan that the settings make of them."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from finetune.errors import UserError, nearest
@@ -28,6 +28,10 @@ class Group:
     thaws: int | None = None  # the epoch from which on it trains, counted from 0; None: never
     lr_scale: float = 1.0  # share of the head's learning rate
     without_weights: int = 0  # how many of its layers have no pretrained weights, and so train with the head
+
+    def trains_in(self, epoch: int) -> bool:
+        """Tell whether it trains in an epoch, counted from 0."""
+        return self.thaws is not None and self.thaws <= epoch
 
 
 # A network's structure ------------------------------------------------------------------------------------------------
@@ -122,7 +126,8 @@ def plan(
     then and each other `unfreeze_every` epochs after the one behind it. Raises UserError where there is no such layer,
     or nothing to thaw.
     """
-    pretrained = [Block(block.name, [each for each in block.layers if each not in set(missing)]) for block in blocks]
+    new = set(missing)
+    pretrained = [Block(block.name, [layer for layer in block.layers if layer not in new]) for block in blocks]
     pretrained = [block for block in pretrained if block.layers]
     if isinstance(trainable, int) and trainable > len(pretrained) > 0:
         raise UserError(
@@ -204,7 +209,7 @@ def _checked(trainable: str | int | list[str], known: Sequence[str]) -> list[str
 
 def thaw(model: nn.Module, groups: Sequence[Group], epoch: int) -> None:
     """Make the parameters of the groups that train in that epoch, and no others, require gradients."""
-    training = {layer for group in groups if group.thaws is not None and group.thaws <= epoch for layer in group.layers}
+    training = {layer for group in groups if group.trains_in(epoch) for layer in group.layers}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(layer_of(name) in training)
 
@@ -212,11 +217,8 @@ def thaw(model: nn.Module, groups: Sequence[Group], epoch: int) -> None:
 def train_mode(model: nn.Module, frozen_batch_norm: str = "frozen") -> None:
     """Put the model into training mode; frozen batch norm keeps its statistics, unless it is told to `train`."""
     model.train()
-    for layer in batch_norms(model):
-        if frozen_batch_norm == "frozen" and not any(p.requires_grad for p in layer.parameters()):
+    if frozen_batch_norm == "train":
+        return
+    for layer in model.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in layer.parameters()):
             layer.eval()
-
-
-def batch_norms(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the model's batch-norm layers."""
-    return (layer for layer in model.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm))

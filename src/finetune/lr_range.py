@@ -41,7 +41,7 @@ def chosen_groups(groups: Sequence[layers.Group], name: str, epoch: int) -> list
     Raises UserError where none of them trains after so many epochs.
     """
     named = [group for group in groups if group.thaws is not None and _is_meant(group, name)]
-    chosen = [group for group in named if group.thaws <= epoch]
+    chosen = [group for group in named if group.trains_in(epoch)]
     if named and not chosen:
         when = ", ".join(f"{group.name} with --epoch {group.thaws}" for group in named[:3])
         raise UserError(f"--group {name}: these layers thaw later.\nTry {when}.")

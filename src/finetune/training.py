@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -245,6 +246,17 @@ def stopped_early(history: Sequence[dict], settings: EarlyStopping) -> bool:
         better = row["val_loss"] < best - settings.min_delta
         best, waited = (row["val_loss"], 0) if better else (best, waited + 1)
     return 0 < settings.patience <= waited
+
+
+@contextmanager
+def errors_explained(settings: Params, kept: Callable[[], str] = lambda: "Nothing was written.") -> Iterator[None]:
+    """Raise, for an error of training that the user can mend, a UserError; `kept` says what is, where it diverged."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise diverged(str(error), settings.lr, kept()) from None
+    except (torch.OutOfMemoryError, ValueError) as error:  # the latter from batch norm
+        raise batch_does_not_fit(error, settings.batch_size, settings.data.image_size) from None
 
 
 def diverged(what: str, lr: float, kept: str) -> UserError:
