@@ -10,11 +10,12 @@ import functools
 import json
 from pathlib import Path
 
-from finetune import augment, backbones, device, metrics, params, stage, training
+from finetune import augment, backbones, device, inference, metrics, params, stage, training
 from finetune.files import replaced
 from finetune.images import ImageStore
 
 import numpy as np
+import torch
 
 OUTPUT = Path("results/evaluate")
 
@@ -23,21 +24,24 @@ def main() -> None:
     settings = params.load()
     store = ImageStore("data/prepared")
     device.make_deterministic()
+    device.keep_freed_memory()
     place = device.choose(settings.device)
     tensors, about = backbones.read(Path("models/model.safetensors"))
     size = about["image_size"]
     model = backbones.build(about["model_name"], len(about["classes"]), size, params.Head(**about["head"]))
     model.load_state_dict(tensors)
-    model.to(place)
-    normalize = functools.partial(augment.normalize, mean=about["mean"], std=about["std"])
+    model = device.in_precision(
+        model.to(place, memory_format=torch.channels_last), device.precision(settings.precision, place)
+    )
+    inputs_of = functools.partial(augment.normalize, mean=about["mean"], std=about["std"])
 
     results, predictions = {}, []
     for split, group in (("val", "eval"), ("test", "test")):
         indices = store.indices(split)
         if not len(indices):
             continue
-        views = training.views(store, split, size, settings.evaluate.tta)
-        logits = metrics.mean_prediction([training.predict(model, batches, normalize) for batches in views])
+        views = training.views(store, split, size, device.LOT[place.type], settings.evaluate.tta)
+        logits = metrics.mean_prediction([inference.predict(model, batches, inputs_of) for batches in views])
         labels = store.labels[indices]
         results[group] = metrics.summary(logits, labels)
         paths = [store.paths[i] for i in indices]

@@ -47,10 +47,11 @@ def main() -> None:
     with training.errors_explained(settings):
         optimizer = train_first(this, arguments.epoch)
         this.begin_epoch(arguments.epoch)
-        epochs = (training.training_batches(this.store, settings, e) for e in itertools.count(arguments.epoch))
+        epochs = (this.training_batches(epoch) for epoch in itertools.count(arguments.epoch))
         batches = itertools.chain.from_iterable(epochs)
         with tqdm(total=len(rates), desc="find_lr", disable=None) as bar:
-            losses = lr_range.losses(this.model, optimizer, rates, shares, batches, this.normalize, this.objective, bar)
+            part, inputs_of = this.part(is_training=True)
+            losses = lr_range.losses(part, optimizer, rates, shares, batches, inputs_of, this.objective, bar)
     found = lr_range.suggestion(rates[: len(losses)], losses)
     write(found, arguments.group, chosen[0].name)
     print(f"steepest descent at {found.steepest:.2g}, safer {found.safer:.2g}: {OUTPUT}.png, {OUTPUT}.json")
@@ -64,9 +65,8 @@ def train_first(this: experiment.Experiment, epochs: int) -> torch.optim.Optimiz
     for epoch in range(epochs):
         this.begin_epoch(epoch)
         sums = training.Sums(this.device, epoch, {})
-        batches = training.training_batches(this.store, this.settings, epoch)
         with tqdm(total=this.steps, desc=f"epoch {epoch + 1}/{epochs}, before", disable=None) as bar:
-            this.train_epoch(optimizer, schedule, batches, sums, bar)
+            this.train_epoch(optimizer, schedule, this.training_batches(epoch), sums, bar)
         schedule.after_epoch(this.validate(this.val_batches())[0])
     this.set_full_rates(optimizer)
     return optimizer

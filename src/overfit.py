@@ -8,7 +8,7 @@ off, too much regularisation. Changes nothing in the workspace. Needs data/prepa
 https://karpathy.github.io/2019/04/25/recipe/
 """
 
-from finetune import experiment, metrics, params, stage, training
+from finetune import experiment, inference, metrics, params, stage, training
 from finetune.errors import UserError
 
 STEPS = 100
@@ -24,7 +24,7 @@ def main() -> None:
     with training.errors_explained(settings):
         for step in range(STEPS + 1):
             if step % 10 == 0:
-                logits = training.predict(this.model, [batch], this.normalize)
+                logits = inference.predict(this.model, [batch], this.normalize)
                 acc = metrics.accuracy(logits, batch.labels)
                 print(f"step {step:3}: loss {metrics.cross_entropy(logits, batch.labels).mean():.4f}  acc {acc:.4f}")
                 this.begin_epoch(settings.num_epochs)  # all that ever trains

@@ -128,25 +128,22 @@ def epoch_views(
     std: Sequence[float],
 ) -> Iterator[View | None]:
     """Yield how the epoch shows them when they come for the first time; None for one that it does not have."""
-    indices, size = store.indices("train"), settings.data.image_size
-    order = training.epoch_order(settings.seed, epoch, store.labels[indices], settings.data.balance == "sampler")
-    rows = training.rows_of_draws(order)
-    draws = augment.epoch_draws(settings.seed, epoch, rows.max() + 1, settings.augment)
-    batches = training.slices(len(order), settings.batch_size)
+    size, visits = settings.data.image_size, training.visits(settings, store, epoch)
     for position in positions:
-        if position not in order:  # the sampler has left it out
+        if position not in visits.positions:  # the sampler has left it out
             yield None
             continue
-        place = int(np.flatnonzero(order == position)[0])
-        batch = next(each for each in batches if each.start <= place < each.stop)
-        pair = np.array([place - 1 if place > batch.start else batch.stop - 1, place])  # mixup's partner, and itself
-        own = augment.rows_of(draws, rows[pair])
-        pictures = [store[i] for i in indices[order[pair]]]
+        place = int(np.flatnonzero(visits.positions == position)[0])
+        batch = next(each for each in visits.steps if each.start <= place < each.stop)
+        partner = place - 1 if place > batch.start else batch.stop - 1  # mixup's
+        pair = np.array([partner, place])
+        own = augment.rows_of(visits.draws, pair)
+        pictures = [store[i] for i in visits.indices[pair]]
         pixels = augment.normalize(augment.augmented(pictures, own, settings.augment, size), mean, std)
         note = ""
         if "mixup" in own:
             pixels, _ = augment.mixup(pixels, torch.eye(2), own["mixup"])
-            note = f"+ {1 - own['mixup'][1]:.0%} {store.paths[indices[order[pair[0]]]].partition('/')[2]}"
+            note = f"+ {1 - own['mixup'][1]:.0%} {store.paths[visits.indices[partner]].partition('/')[2]}"
         yield View(pixels[1], note)
 
 

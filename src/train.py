@@ -19,10 +19,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from finetune import backbones, checkpoint, experiment, layers, lineage, optim, params, runs, stage, training
+from finetune import backbones, checkpoint, cores, experiment, layers, lineage, optim, params, runs, stage, training
 from finetune.errors import explained
 from finetune.images import ImageStore
 
+import torch
 from dvclive import Live
 from tqdm import tqdm
 
@@ -47,7 +48,9 @@ def main() -> None:
     epochs = len(session.history) + settings.num_epochs
 
     origin = {key: session.lineage[-1][key] for key in ("run", "epochs")} if parent else None
-    identity = runs.identity(settings, store.manifest["files"], store.classes, backbone, this.device.type, origin)
+    identity = runs.identity(
+        settings, store.manifest["files"], store.classes, backbone, [this.device.type, this.precision], origin
+    )
     run = runs.Run(runs.store_folder(), runs.run_id(identity))
     about = base | {"run": run.name, "experiment": os.environ.get("DVC_EXP_NAME")}
     with run.held(about | {"parent": parent and parent[0], "identity": identity}):
@@ -55,13 +58,17 @@ def main() -> None:
             run.begin_anew()
         go_on(session, run, epochs, settings)
         limit = settings.checkpoint_store_gb * 1e9
-        with checkpoint.Writer(run, epochs, about, limit) as writer, logged(Path("results/train")) as live:
+        with (
+            checkpoint.Writer(run, epochs, about, limit) as writer,
+            logged(Path("results/train")) as live,
+            cores.shared(runs.scratch() / "cores") as threads,
+        ):
             if parent:
                 live.summary["continues"] = parent[0]
             for row in session.history:
                 log(live, row)
             with stage.deferred_signals() as stopped:
-                train(this, session, epochs, writer, live, stopped)
+                train(this, session, epochs, writer, live, stopped, threads)
             if settings.keep == "best":
                 session.take_best()
                 live.summary["best_step"] = session.best["row"]["step"]
@@ -109,6 +116,7 @@ def train(
     writer: checkpoint.Writer,
     live: Live,
     stopped: Stopped,
+    threads: Callable[[], int],
 ) -> None:
     """Train the model until the session has `epochs` epochs, or stops early; log and save each.
 
@@ -122,6 +130,7 @@ def train(
         """Yield the batches; between them, save when it is time to, and stop when asked to."""
         nonlocal saved
         for batch in batches:
+            torch.set_num_threads(threads() if this.is_heavy else 1)
             signal_ = stopped()
             if sums.steps and (signal_ or time.monotonic() - saved > 60 * settings.checkpoint_minutes):
                 session.sums = sums.values()
@@ -153,7 +162,7 @@ def train(
             if not sums.steps:
                 session.rates = optim.rates(optimizer)
             this.begin_epoch(epoch - first)
-            batches = watched(training.training_batches(this.store, settings, epoch, first=sums.steps), sums)
+            batches = watched(this.training_batches(epoch, first=sums.steps), sums)
             with tqdm(total=steps, initial=sums.steps, desc=f"epoch {epoch + 1}/{epochs}", disable=None) as bar:
                 this.train_epoch(optimizer, schedule, batches, sums, bar)
             val_loss, val_acc = this.validate(watched(this.val_batches(), sums))

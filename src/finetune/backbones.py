@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 
-from finetune import heads, layers
+from finetune import dropout, heads, layers
 from finetune.digests import digest
 from finetune.errors import UserError, nearest
 from finetune.files import replaced, resolve_user_path, sha256_of
@@ -64,6 +64,7 @@ def build(model_name: str, num_classes: int, image_size: int, head: Head = LINEA
         ) from None
     if head.kind == "concat_pool":
         model = heads.with_concat_pool(model, name, num_classes, head.hidden, head.dropout, image_size)
+    dropout.replace(model)
     return model
 
 

@@ -5,7 +5,7 @@ from itertools import takewhile
 from typing import Any
 
 from finetune.errors import UserError
-from finetune.layers import CONTAINERS, is_in, layers
+from finetune.layers import Tracer, is_in, layers
 
 import torch
 from torch import Tensor, fx, nn
@@ -58,7 +58,7 @@ def with_concat_pool(
     """
     head = head_layers(model)
     try:
-        graph = _Tracer().trace(model)
+        graph = Tracer().trace(model)
         network = fx.GraphModule(model, graph).eval()
         _note_shapes(network, image_size)
     except Exception as error:  # whatever a forward pass stumbles over: it is not made for tracing
@@ -85,13 +85,6 @@ def with_concat_pool(
     network.delete_all_unused_submodules()
     network.recompile()
     return network
-
-
-class _Tracer(fx.Tracer):
-    """Follows a network through its containers alone, so that what a module does in training stays its own affair."""
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return type(module) not in CONTAINERS
 
 
 class _Shapes(fx.Interpreter):

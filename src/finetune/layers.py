@@ -1,11 +1,11 @@
 """What trains, from which epoch on and how fast: a network's blocks, and the plan that the settings make of them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from finetune.errors import UserError, nearest
 
-from torch import nn
+from torch import fx, nn
 
 CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)  # exactly these, which only hold others
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -104,6 +104,17 @@ def _is_made_of_modules(module: nn.Module) -> bool:
     while any(type(part) in CONTAINERS for part in parts):
         parts = [each for part in parts for each in (part.children() if type(part) in CONTAINERS else [part])]
     return 2 * sum(_size(part) for part in parts if any(part.children())) > _size(module)
+
+
+class Tracer(fx.Tracer):
+    """Follows a network through its containers, and `opened` modules; what another one does stays its own affair."""
+
+    def __init__(self, opened: Collection[str] = ()):
+        super().__init__()
+        self._opened = opened
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return type(module) not in CONTAINERS and qualified_name not in self._opened
 
 
 # The plan -------------------------------------------------------------------------------------------------------------

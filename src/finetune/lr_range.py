@@ -65,7 +65,7 @@ def losses(
     rates: Sequence[float],
     shares: dict[str, float],
     batches: Iterator[training.Batch],
-    normalize: Callable[[Tensor], Tensor],
+    inputs_of: Callable[[Tensor], Tensor],
     objective: training.Objective,
     bar: tqdm,
 ) -> list[float]:
@@ -83,8 +83,8 @@ def losses(
             if group["name"] in shares:
                 group["lr"] = rate * shares[group["name"]]
         with torch.random.fork_rng(), torch.no_grad():
-            level.append(float(training.forward(beginning, batch, normalize, objective)[2]))
-        loss = float(training.step(model, optimizer, batch, normalize, objective)[2])
+            level.append(float(training.forward(beginning, batch, inputs_of, objective)[2]))
+        loss = float(training.step(model, optimizer, batch, inputs_of, objective)[2])
         if not math.isfinite(loss):
             break
         changes.append(loss - level[-1])

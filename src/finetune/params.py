@@ -156,6 +156,19 @@ class Augment(schema.Section):
     rand_augment_magnitude: Annotated[int, Field(ge=0, le=30)]
     mixup: Annotated[float, Field(ge=0)]
     normalize: Literal["imagenet", "data"]
+    views: Annotated[int, Field(ge=0)]
+
+    def used(self) -> dict[str, Any]:
+        """Return the settings that have a say: not those of another crop, or of RandAugment where it is off."""
+        unused = {
+            *({"min_scale"} if self.crop != "random_resized" else ()),
+            *({"rand_augment_magnitude"} if not self.rand_augment_ops else ()),
+        }
+        return self.model_dump(exclude=unused)
+
+    def drawn(self) -> dict[str, Any]:
+        """Return those that a picture's looks follow from, beside its draws and before it is normalised."""
+        return {key: value for key, value in self.used().items() if key not in ("normalize", "views")}
 
 
 class EarlyStopping(schema.Section):
@@ -182,6 +195,7 @@ class Params(schema.Section):
     momentum: Annotated[float, Field(ge=0, lt=1)]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     device: Annotated[str, AfterValidator(_device)]
+    precision: Literal["fp32", "bf16", "auto"]
     keep: Literal["last", "best"]
     data: Data
     backbone: Backbone
@@ -194,6 +208,7 @@ class Params(schema.Section):
     resume: Annotated[str, Field(min_length=1)]
     checkpoint_minutes: Annotated[float, Field(ge=0)]
     checkpoint_store_gb: Annotated[float, Field(ge=0)]
+    feature_bank_gb: Annotated[float, Field(ge=0)]
 
     @model_validator(mode="after")
     def _says_nothing_in_vain(self):
@@ -226,14 +241,10 @@ class Params(schema.Section):
         unused = {
             "momentum": not self.optimizer.has_momentum,
             "head": self.head.kind == "linear" and {"hidden", "dropout"},
-            "augment": {
-                *({"min_scale"} if self.augment.crop != "random_resized" else ()),
-                *({"rand_augment_magnitude"} if not self.augment.rand_augment_ops else ()),
-            },
             "early_stopping": not self.early_stopping.patience,
         }
         dump = self.model_dump(exclude={key: value for key, value in unused.items() if value})
-        return dump | {"schedule": self.schedule.used()}
+        return dump | {"schedule": self.schedule.used(), "augment": self.augment.used()}
 
 
 def load(path: str | Path = "params.yaml", changes: Sequence[str] = ()) -> Params:

@@ -34,7 +34,10 @@ SOURCES = Path(__file__).parent.parent
 KEPT = 2  # unfinished checkpoints of a run, so that there is one before the newest
 
 # Settings that a run's result does not follow from, or only by way of the digests of data, weights and device.
-ASIDE = {"model_name", "num_classes", "device", "evaluate", "resume", "checkpoint_minutes", "checkpoint_store_gb"}
+ASIDE = {
+    *("model_name", "num_classes", "device", "precision", "evaluate", "resume"),
+    *("checkpoint_minutes", "checkpoint_store_gb", "feature_bank_gb"),
+}
 ASIDE_IN_GROUPS = {
     "data": {"source", "resize", "val_fraction", "folds", "fold", "split_seed", "limit", "max_skipped"},
     "backbone": {"weights"},
@@ -45,29 +48,35 @@ ASIDE_IN_GROUPS = {
 
 
 def identity(
-    settings: Params, store_files: dict, classes: list[str], backbone: dict, device_type: str, parent: dict | None
+    settings: Params, store_files: dict, classes: list[str], backbone: dict, arithmetic: list[str], parent: dict | None
 ) -> dict:
     """Return all that a run's result follows from, in plain values.
 
     `store_files` are the digests of the image store's files; `backbone` is what is said about its weights, with their
-    digest; `parent` the run and the number of epochs that this one trains on top of. `num_epochs` is in it only where
-    the schedule depends on it: else a longer run begins as the shorter one did.
+    digest; `arithmetic` the type of the device and its precision; `parent` the run and the number of epochs that this
+    one trains on top of. `num_epochs` is in it only where the schedule depends on it: else a longer run begins as the
+    shorter one did.
     """
     chosen = {key: value for key, value in settings.used().items() if key not in ASIDE}
     for group, keys in ASIDE_IN_GROUPS.items():
         chosen[group] = {key: value for key, value in chosen[group].items() if key not in keys}
     if not settings.schedule.depends_on_num_epochs():
         del chosen["num_epochs"]
-    packages = ["numpy", "torch", "torchvision", *(["timm"] if backbone["model_name"].startswith("timm:") else [])]
     return {
         "settings": chosen,
         "data": {name: file["sha256"] for name, file in store_files.items()} | {"classes": classes},
         "backbone": backbone,
-        "device": device_type,
+        "arithmetic": arithmetic,
         "parent": parent,
         "code": code_digests(),
-        "versions": {name: version(name) for name in packages},
+        "versions": versions(backbone["model_name"]),
     }
+
+
+def versions(model_name: str) -> dict[str, str]:
+    """Return the versions of the packages that a model's arithmetic is made of."""
+    names = ["numpy", "torch", "torchvision", *(["timm"] if model_name.startswith("timm:") else [])]
+    return {name: version(name) for name in names}
 
 
 def run_id(identity: dict) -> str:
@@ -249,7 +258,12 @@ def store_folder() -> Path:
     """Return the folder of the store: CHECKPOINTS_DIR where it is set, else in the main checkout. Raises UserError."""
     if os.environ.get("CHECKPOINTS_DIR"):
         return resolve_user_path(os.environ["CHECKPOINTS_DIR"], "CHECKPOINTS_DIR")
-    return Path(os.environ.get("DVC_ROOT", ".")) / ".dvc/tmp/checkpoints"
+    return scratch() / "checkpoints"
+
+
+def scratch() -> Path:
+    """Return the main checkout's folder for what every run may use and none needs."""
+    return Path(os.environ.get("DVC_ROOT", ".")) / ".dvc/tmp"
 
 
 def stored_runs(store: Path) -> list[Run]:

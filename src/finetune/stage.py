@@ -1,5 +1,6 @@
 """How a stage's script begins and ends: errors in a line or two, signals, and what starts it being killed."""
 
+import gc
 import os
 import signal
 import sys
@@ -25,6 +26,8 @@ def run(main: Callable[[], None]) -> None:
 
     After a signal, with 128 and its number. What was written is whole, so the same command goes on from there.
     """
+    gc.freeze()  # what was imported stays
+    gc.enable()
     sys.stdout.reconfigure(line_buffering=True)  # a queue's log is to grow while the stage works
     _handle(signal.SIGINT, signal.default_int_handler)
     for number in END:
@@ -44,6 +47,8 @@ def run(main: Callable[[], None]) -> None:
         number, *said = error.args or (signal.SIGINT,)
         print(*said or ["stopped. Nothing is half-written: the same command starts this stage again."], file=sys.stderr)
         sys.exit(128 + number)
+    sys.stdout.flush()
+    os._exit(0)  # all files are closed; taking torch's modules apart would take another second
 
 
 @contextmanager

@@ -1,12 +1,12 @@
-"""The epoch loop: what a step minimises, batches from the store, a pass that trains, a pass that predicts."""
+"""The epoch loop: what a step minimises, batches from the store, a pass that trains."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from finetune import augment, optim
+from finetune import augment, device, optim
 from finetune.errors import UserError
 from finetune.images import ImageStore
 from finetune.params import EarlyStopping, Params
@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 
 class Batch(NamedTuple):
-    """Pictures and what goes with them."""
+    """What a network, or the part of it that trains, takes in; and what goes with it."""
 
-    pictures: Tensor  # [n, 3, size, size] uint8
+    inputs: Tensor  # [n, 3, size, size] uint8 pictures; or [n, …] features of them, as the frozen part returned them
     labels: np.ndarray  # [n] int64
     mixup: np.ndarray | None = None  # [n], the share of itself that each picture keeps; None: it stays alone
 
@@ -97,50 +97,100 @@ def rows_of_draws(order: np.ndarray) -> np.ndarray:
     return rows
 
 
+@dataclass(frozen=True)
+class Visits:
+    """An epoch's way through the training pictures. The arrays have an entry for each picture visited, in order."""
+
+    indices: np.ndarray  # in the store
+    positions: np.ndarray  # in the training split
+    draws: augment.Draws  # its random numbers
+    rows: (
+        np.ndarray
+    )  # of what is kept of the pictures as they look in this epoch: two alike have the same, in any epoch
+    drawn: dict[str, Any]  # what those follow from, beside the pictures themselves; equal for epochs of the same looks
+    steps: list[slice]  # the batches
+    seeds: list[int]  # of torch's generator, for each batch
+
+
+def visits(settings: Params, store: ImageStore, epoch: int) -> Visits:
+    """Return whom the epoch visits. A picture that comes more than once looks different each time.
+
+    With `augment.views`, the looks are those of one of the first epochs, in another order.
+    """
+    indices = store.indices("train")
+    count, seed, views = len(indices), settings.seed, settings.augment.views
+    view = epoch % views if views else epoch
+    order = augment.epoch_order(seed, epoch, count)
+    chosen = own = np.arange(count)
+    balanced = settings.data.balance == "sampler"
+    if balanced:
+        chosen = epoch_order(seed, view, store.labels[indices], balanced)
+        own = rows_of_draws(chosen)
+        order = order if views else np.arange(count)
+    draws = augment.epoch_draws(seed, view, own.max() + 1, settings.augment)
+    steps = slices(count, settings.batch_size)
+    drawn = settings.augment.drawn() | {"seed": seed, "view": view, "balanced": balanced} if draws else {}
+    return Visits(
+        indices=indices[chosen[order]],
+        positions=chosen[order],
+        draws=augment.rows_of(draws, own[order]),
+        rows=order if draws else chosen[order],
+        drawn=drawn,
+        steps=steps,
+        seeds=augment.dropout_seeds(seed, epoch, len(steps)),
+    )
+
+
+def augmented(store: ImageStore, settings: Params, visits: Visits, part: slice) -> Tensor:
+    """Return some of the pictures of an epoch, [n, 3, size, size] uint8."""
+    own = augment.rows_of(visits.draws, np.arange(len(visits.indices))[part])
+    pictures = [store[i] for i in visits.indices[part]]
+    return augment.augmented(pictures, own, settings.augment, settings.data.image_size)
+
+
 def training_batches(store: ImageStore, settings: Params, epoch: int, first: int = 0) -> Iterator[Batch]:
     """Yield the epoch's training pictures, shuffled and augmented, from the batch `first` on.
 
-    A picture that comes more than once looks different each time. Before each batch, torch's generator is seeded for
-    its step, so a model's dropout follows from (seed, epoch, step), too.
+    Before each batch, torch's generator is seeded for its step, so a model's dropout follows from (seed, epoch, step),
+    too.
     """
-    seed, indices = settings.seed, store.indices("train")
-    order = epoch_order(seed, epoch, store.labels[indices], settings.data.balance == "sampler")
-    rows = rows_of_draws(order)
-    draws = augment.epoch_draws(seed, epoch, rows.max() + 1, settings.augment)
-    parts = slices(len(order), settings.batch_size)
-    dropout_seeds = augment.dropout_seeds(seed, epoch, len(parts))
-    for part, dropout_seed in list(zip(parts, dropout_seeds, strict=True))[first:]:
-        chosen = indices[order[part]]
-        own = augment.rows_of(draws, rows[part])
-        pictures = augment.augmented([store[i] for i in chosen], own, settings.augment, settings.data.image_size)
-        torch.manual_seed(dropout_seed)
-        yield Batch(pictures, store.labels[chosen], own.get("mixup"))
+    visited = visits(settings, store, epoch)
+    for part, seed in list(zip(visited.steps, visited.seeds, strict=True))[first:]:
+        pictures = augmented(store, settings, visited, part)
+        mixup = visited.draws["mixup"][part] if "mixup" in visited.draws else None
+        device.seed(seed)
+        yield Batch(pictures, store.labels[visited.indices[part]], mixup)
 
 
 def plain_batches(
-    store: ImageStore, split: str, image_size: int, batch_size: int = 64, crop: int | None = None, flip: bool = False
+    store: ImageStore, split: str, image_size: int, batch_size: int, crop: int | None = None, flip: bool = False
 ) -> Iterator[Batch]:
     """Yield a split's pictures in the store's order, cropped to their middle.
 
     Or, with `crop`, to the one of that number of the five of `augment.five_crops`; mirrored where `flip` is set.
     """
     indices = store.indices(split)
+    for start in range(0, len(indices), batch_size):
+        part = indices[start : start + batch_size]
+        pictures = cropped(store, part, image_size, crop)
+        yield Batch(pictures.flip(-1) if flip else pictures, store.labels[part])
+
+
+def cropped(store: ImageStore, indices: np.ndarray, image_size: int, crop: int | None = None) -> Tensor:
+    """Return pictures of the store, [n, 3, size, size] uint8, cropped as in `plain_batches`."""
     heights, widths = store.heights[indices], store.widths[indices]
     if crop is None:
         boxes = augment.center_crops(heights, widths, image_size)
     else:
         boxes = augment.five_crops(heights, widths, image_size)[:, crop]
-    for start in range(0, len(indices), batch_size):
-        part = slice(start, start + batch_size)
-        pictures = augment.crop_resize([store[i] for i in indices[part]], boxes[part], image_size)
-        yield Batch(pictures.flip(-1) if flip else pictures, store.labels[indices[part]])
+    return augment.crop_resize([store[i] for i in indices], boxes, image_size)
 
 
-def views(store: ImageStore, split: str, image_size: int, tta: str) -> list[Iterator[Batch]]:
+def views(store: ImageStore, split: str, image_size: int, batch_size: int, tta: str) -> list[Iterator[Batch]]:
     """Return the ways in which test-time augmentation of that name shows a split's pictures, each as its batches."""
     crops = range(5) if tta == "ten_crop" else [None]
     flips = [False] if tta == "none" else [False, True]
-    return [plain_batches(store, split, image_size, crop=crop, flip=flip) for crop in crops for flip in flips]
+    return [plain_batches(store, split, image_size, batch_size, crop, flip) for crop in crops for flip in flips]
 
 
 # Passes ---------------------------------------------------------------------------------------------------------------
@@ -182,7 +232,7 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     schedule: optim.LearningRate,
     batches: Iterable[Batch],
-    normalize: Callable[[Tensor], Tensor],
+    inputs_of: Callable[[Tensor], Tensor],
     objective: Objective,
     sums: Sums,
     bar: tqdm,
@@ -190,10 +240,10 @@ def train_epoch(
     """Train on each batch once, and add what comes of it to `sums`.
 
     Whenever `batches` is asked for the next one, the model, the optimizer, the schedule and the sums have taken in the
-    one before.
+    one before. `inputs_of` makes of a batch's inputs what the model takes.
     """
     for batch in batches:
-        logits, labels, loss = step(model, optimizer, batch, normalize, objective)
+        logits, labels, loss = step(model, optimizer, batch, inputs_of, objective)
         schedule.after_step()
         sums.add(logits, labels, loss)
         if bar.update():  # it was drawn
@@ -205,11 +255,11 @@ def step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
-    normalize: Callable[[Tensor], Tensor],
+    inputs_of: Callable[[Tensor], Tensor],
     objective: Objective,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Train on a batch; return its logits [n, classes], labels [n] and mean loss, as they were before."""
-    logits, labels, loss = forward(model, batch, normalize, objective)
+    logits, labels, loss = forward(model, batch, inputs_of, objective)
     optimizer.zero_grad()
     loss.backward()
     optim.finish_gradients(optimizer, objective.grad_clip)
@@ -218,25 +268,17 @@ def step(
 
 
 def forward(
-    model: nn.Module, batch: Batch, normalize: Callable[[Tensor], Tensor], objective: Objective
+    model: nn.Module, batch: Batch, inputs_of: Callable[[Tensor], Tensor], objective: Objective
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the logits [n, classes], labels [n] and mean loss of a batch."""
-    device = next(model.parameters()).device
-    labels = torch.from_numpy(batch.labels).to(device)
-    inputs, targets = normalize(batch.pictures.to(device)), labels
+    place = next(model.parameters()).device
+    labels = torch.from_numpy(batch.labels).to(place)
+    inputs, targets = inputs_of(batch.inputs.to(place)), labels
     if batch.mixup is not None:
         one_hot = functional.one_hot(labels, objective.num_classes).to(inputs.dtype)
         inputs, targets = augment.mixup(inputs, one_hot, batch.mixup)
     logits = model(inputs)
     return logits, labels, objective.loss(logits, targets)
-
-
-@torch.no_grad()
-def predict(model: nn.Module, batches: Iterable[Batch], normalize: Callable[[Tensor], Tensor]) -> np.ndarray:
-    """Return the logits of all pictures, [n, classes] float32, from the model in evaluation mode."""
-    model.eval()
-    device = next(model.parameters()).device
-    return torch.cat([model(normalize(batch.pictures.to(device))).float().cpu() for batch in batches]).numpy()
 
 
 def stopped_early(history: Sequence[dict], settings: EarlyStopping) -> bool:

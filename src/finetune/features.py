@@ -1,0 +1,131 @@
+"""What the frozen part of a network makes of the pictures: computed side by side, once, and kept in the bank."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune import augment, cuts, device, inference, runs, training
+from finetune.bank import Bank
+from finetune.cuts import Cut
+from finetune.images import ImageStore
+from finetune.params import Params
+from finetune.training import Batch, Visits
+
+import numpy as np
+import torch
+from torch import Tensor
+
+AT_HAND = 2**28  # bytes of validation features that stay in memory from epoch to epoch
+
+
+class Features:
+    """The features of a store's pictures, in the batches of an experiment's epochs."""
+
+    def __init__(
+        self,
+        store: ImageStore,
+        settings: Params,
+        normalization: dict[str, Sequence[float]],
+        place: torch.device,
+        bank: Bank,
+    ):
+        self._store, self._settings, self._place, self._bank = store, settings, place, bank
+        self._inputs_of = functools.partial(augment.normalize, **normalization)
+        self._about = {
+            "pictures": store.manifest["files"],
+            "image_size": settings.data.image_size,
+            "normalization": normalization,
+            "precision": device.precision(settings.precision, place),
+            "device": device.about(place),
+            "lot": device.LOT[place.type],
+            "versions": runs.versions(settings.model_name),
+            "code": [runs.code_digest(Path(module.__file__).read_text("utf-8")) for module in (augment, cuts)],
+        }
+        self._at_hand: dict[str, list[Batch]] = {}  # validation's, by the trunk's digest
+
+    def training_batches(self, cut: Cut, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """Yield what training.training_batches does, with features instead of pictures."""
+        visits = training.visits(self._settings, self._store, epoch)
+        parts = visits.steps[first:]
+
+        def pictures(lot: slice) -> Tensor:
+            return training.augmented(self._store, self._settings, visits, lot)
+
+        lots = self._lots(cut, self.training_key(cut, visits), visits.rows, pictures, parts[0].start)
+        for part, inputs, seed in zip(parts, _regrouped(lots, parts), visits.seeds[first:], strict=True):
+            device.seed(seed)
+            yield Batch(inputs, self._store.labels[visits.indices[part]])
+
+    def validation_batches(self, cut: Cut) -> Iterator[Batch]:
+        """Yield what training.plain_batches does of val, with features instead of pictures."""
+        indices, size = self._store.indices("val"), self._settings.data.image_size
+        if cut.digest not in self._at_hand:
+
+            def pictures(lot: slice) -> Tensor:
+                return training.cropped(self._store, indices[lot], size)
+
+            lots = self._lots(cut, self.validation_key(cut), np.arange(len(indices)), pictures)
+            batches, position = [], 0
+            for lot in lots:
+                batch = Batch(lot, self._store.labels[indices[position : position + len(lot)]])
+                position += len(lot)
+                if lot[0].nbytes * len(indices) <= AT_HAND:
+                    batches.append(batch)
+                yield Batch(lot.clone(), batch.labels)  # the network may work in place
+            if batches:
+                self._at_hand = {cut.digest: batches}
+            return
+        for batch in self._at_hand[cut.digest]:
+            yield Batch(batch.inputs.clone(), batch.labels)
+
+    def training_key(self, cut: Cut, visits: Visits) -> dict[str, Any]:
+        """Return all that an epoch's rows follow from."""
+        return self._about | {"split": "train", "trunk": cut.digest, "drawn": visits.drawn}
+
+    def validation_key(self, cut: Cut) -> dict[str, Any]:
+        """Return all that the rows of the validation pictures follow from."""
+        return self._about | {"split": "val", "trunk": cut.digest}
+
+    def _lots(
+        self,
+        cut: Cut,
+        key: dict[str, Any],
+        rows: np.ndarray,
+        pictures: Callable[[slice], Tensor],
+        start: int = 0,
+    ) -> Iterator[Tensor]:
+        """Yield features a lot at a time; `pictures` returns those of a part of `rows`, which are rows in the bank."""
+        trunk = device.in_precision(cut.trunk, self._about["precision"])
+        frozen = inference.Inference(trunk, self._inputs_of, self._place)
+        # More numbers than a picture has take longer to read than they took to compute.
+        most = 3 * self._settings.data.image_size**2
+        entry = self._bank.entry(key, len(rows))
+
+        def features(lot: slice) -> Tensor:
+            found = entry.read(rows[lot])
+            if found is None:
+                found = frozen(pictures(lot))
+                if found[0].numel() <= most:
+                    entry.put(rows[lot], found)
+            return found.to(self._place)
+
+        try:
+            starts = range(start, len(rows), device.LOT[self._place.type])
+            yield from inference.side_by_side(features, (slice(at, at + starts.step) for at in starts), self._place)
+        finally:
+            entry.close()
+
+
+def _regrouped(tensors: Iterable[Tensor], parts: Sequence[slice]) -> Iterator[Tensor]:
+    """Yield the rows of tensors one after another, in groups as long as the parts."""
+    tensors, waiting, count = iter(tensors), [], 0
+    for part in parts:
+        size = part.stop - part.start
+        while count < size:
+            waiting.append(next(tensors))
+            count += len(waiting[-1])
+        joined = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
+        yield joined[:size]
+        count -= size
+        waiting = [joined[size:]] if count else []

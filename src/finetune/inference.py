@@ -1,0 +1,51 @@
+"""Networks, and parts of them, without gradients: lots of pictures side by side, a thread each."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from finetune import device
+from finetune.parallel import parallel_map
+from finetune.training import Batch
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Inference:
+    """A module as a function of up to a lot of inputs, of which each gives the same whatever comes beside it."""
+
+    module: nn.Module
+    inputs_of: Callable[[Tensor], Tensor]  # makes of a batch's inputs what the module takes
+    place: torch.device
+
+    @torch.no_grad()
+    def __call__(self, inputs: Tensor) -> Tensor:
+        # Filled up to a lot: the number of pictures may change a result's last bits.
+        missing = device.LOT[self.place.type] - len(inputs)
+        whole = torch.cat([inputs, inputs[-1:].expand(missing, *inputs.shape[1:])]) if missing > 0 else inputs
+        return self.module(self.inputs_of(whole.to(self.place)))[: len(inputs)]
+
+
+def side_by_side(function: Callable[[T], R], items: Iterable[T], place: torch.device) -> Iterator[R]:
+    """Yield function(item) for each item, in order; several at a time, each on one thread of the processor."""
+
+    def on_one_thread(item: T) -> R:
+        torch.set_num_threads(1)  # of this thread's own
+        return function(item)
+
+    return parallel_map(on_one_thread, items, device.WORKERS[place.type])
+
+
+def predict(model: nn.Module, batches: Iterable[Batch], inputs_of: Callable[[Tensor], Tensor]) -> np.ndarray:
+    """Return the logits of all pictures, [n, classes] float32, from the model in evaluation mode."""
+    model.eval()
+    place = next(model.parameters()).device
+    inputs = (batch.inputs for batch in batches)
+    logits = side_by_side(Inference(model, inputs_of, place), inputs, place)
+    return torch.cat([each.float().cpu() for each in logits]).numpy()
