@@ -112,7 +112,7 @@ def train_epoch(session: checkpoint.Session, store: images.ImageStore, settings:
         training.train_epoch(
             session.model, session.optimizer, session.schedule, batches, normalize, objective, sums, bar
         )
-    training.predict(session.model, training.plain_batches(store, "val", SIZE), normalize)
+    inference.predict(session.model, training.plain_batches(store, "val", SIZE), normalize)
 
 
 def normalize(pictures: torch.Tensor) -> torch.Tensor:

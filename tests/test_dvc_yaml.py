@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).parent.parent
 DVC_YAML = YAML(typ="safe").load(ROOT / "dvc.yaml")
 STAGES = DVC_YAML["stages"]
-HOW_TO_SAVE = {"checkpoint_minutes", "checkpoint_store_gb"}  # change nothing that a stage writes
+HOW_TO_SAVE = {"checkpoint_minutes", "checkpoint_store_gb", "feature_bank_gb"}  # change nothing that a stage writes
 
 
 def imported_files(script: Path) -> set[str]:

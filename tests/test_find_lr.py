@@ -5,7 +5,7 @@ import re
 import shlex
 
 import find_lr
-from finetune import backbones, experiment, layers, metrics, optim, params, training
+from finetune import backbones, experiment, inference, layers, metrics, optim, params, training
 from finetune.layers import Group
 from helpers import ROOT, run, run_forked, write_params
 
@@ -218,8 +218,8 @@ def test_what_is_trained_before_is_what_the_run_trains_and_the_rates_are_whole_a
         for batch in training.training_batches(Store(), settings, epoch):
             training.step(expected.model, other, batch, expected.normalize, expected.objective)
             schedule.after_step()
-        logits = training.predict(
-            expected.model, training.plain_batches(Store(), "val", 32), lambda x: (x / 255 - 0.5) / 0.25
+        logits = inference.predict(
+            expected.model, training.plain_batches(Store(), "val", 32, 16), lambda x: (x / 255 - 0.5) / 0.25
         )
         schedule.after_epoch(float(metrics.cross_entropy(logits, np.array([0, 1])).mean()))
     assert all(map(torch.equal, this.model.state_dict().values(), expected.model.state_dict().values()))

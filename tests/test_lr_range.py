@@ -221,7 +221,7 @@ def test_the_rate_of_a_task_that_can_be_learnt_is_found_and_the_test_ends_where_
 def test_the_test_ends_where_the_loss_is_no_number():
     def batches():
         for number, batch in enumerate(Task().batches()):
-            yield batch._replace(pictures=batch.pictures * (float("nan") if number == 12 else 1))
+            yield batch._replace(inputs=batch.inputs * (float("nan") if number == 12 else 1))
 
     assert len(Task().losses([1e-3] * 30, {"head": 1.0}, batches())) == 12
 

@@ -144,7 +144,7 @@ def test_the_views_are_what_training_gets(changes):
         batches = training.training_batches(store, settings, epoch)
         inputs = []
         for batch in batches:
-            pixels = augment.normalize(batch.pictures, MEAN, STD)
+            pixels = augment.normalize(batch.inputs, MEAN, STD)
             if batch.mixup is not None:
                 pixels, _ = augment.mixup(pixels, torch.eye(len(pixels)), batch.mixup)
             inputs.extend(pixels)

@@ -359,7 +359,7 @@ def run_id(settings: dict[str, object] | None = None, **other) -> str:
         "store_files": {"pixels.bin": {"sha256": "a", "bytes": 1}},
         "classes": ["ants", "bees"],
         "backbone": {"model_name": "alexnet", "digest": "b"},
-        "device_type": "cpu",
+        "arithmetic": ["cpu", "fp32"],
         "parent": None,
     }
     return runs.run_id(runs.identity(params.Params.model_validate(chosen), **known | other))
@@ -430,7 +430,8 @@ def test_what_is_aside_are_settings():
         {"classes": ["ants", "wasps"]},
         {"backbone": {"model_name": "alexnet", "digest": "c"}},
         {"backbone": {"model_name": "vgg11", "digest": "b"}},
-        {"device_type": "cuda"},
+        {"arithmetic": ["cuda", "fp32"]},
+        {"arithmetic": ["cpu", "bf16"]},
         {"parent": {"run": "d", "epochs": 2}},
     ],
 )

@@ -48,9 +48,7 @@ def load(*changes: str) -> params.Params:
 
 
 def by_label(batches) -> dict[int, torch.Tensor]:
-    return {
-        int(label): picture for batch in batches for picture, label in zip(batch.pictures, batch.labels, strict=True)
-    }
+    return {int(label): picture for batch in batches for picture, label in zip(batch.inputs, batch.labels, strict=True)}
 
 
 def test_a_picture_looks_the_same_whatever_the_batch_size(store):
@@ -73,7 +71,7 @@ def test_epochs_and_seeds_differ_in_order_and_augmentation(store):
     def epoch(seed, epoch):
         (batch,) = training.training_batches(store, load("batch_size=11", f"seed={seed}"), epoch)
         assert batch.mixup is None
-        return batch.pictures, batch.labels.tolist()
+        return batch.inputs, batch.labels.tolist()
 
     (first, order), (other_epoch, order_epoch), (other_seed, order_seed) = epoch(0, 0), epoch(0, 1), epoch(1, 0)
     assert order != order_epoch != order_seed != order
@@ -90,7 +88,7 @@ def test_batches_from_the_middle_are_those_of_the_whole_epoch(store, changes):
     whole, rest = epoch(0), epoch(3)
     assert len(rest) == len(whole) - 3
     for (one, number), (other, other_number) in zip(whole[3:], rest, strict=True):
-        assert torch.equal(one.pictures, other.pictures)
+        assert torch.equal(one.inputs, other.inputs)
         assert np.array_equal(one.labels, other.labels)
         assert np.array_equal(one.mixup, other.mixup)
         assert number == other_number
@@ -224,7 +222,7 @@ def test_plain_batches_are_cropped_to_the_middle_in_the_stores_order(store):
     assert [batch.labels.tolist() for batch in batches] == [[0, 1], [2]]
     boxes = augment.center_crops(store.heights, store.widths, SIZE)
     expected = augment.crop_resize([store[i] for i in range(3)], boxes[:3], SIZE)
-    assert torch.equal(torch.cat([batch.pictures for batch in batches]), expected)
+    assert torch.equal(torch.cat([batch.inputs for batch in batches]), expected)
 
 
 @pytest.mark.parametrize(
@@ -236,12 +234,12 @@ def test_plain_batches_are_cropped_to_the_middle_in_the_stores_order(store):
     ],
 )
 def test_views_are_crops_and_their_mirror_images(store, tta, ways):
-    views = training.views(store, "val", SIZE, tta)
+    views = training.views(store, "val", SIZE, 16, tta)
     assert len(views) == len(ways)
     for view, (crop, flip) in zip(views, ways, strict=True):
         (batch,) = view
         assert batch.labels.tolist() == [0, 1, 2]
-        for index, picture in enumerate(batch.pictures):
+        for index, picture in enumerate(batch.inputs):
             height, width = store[index].shape[:2]
             bottom, right = height - SIZE, width - SIZE
             middle = (round(bottom / 2), round(right / 2))

@@ -38,10 +38,10 @@ class Experiment:
     store: images.ImageStore
     backbone: dict  # what is known about the pretrained tensors
     model: nn.Module
-    network: cuts.Network | None  # the model, where it can be cut
     groups: list[layers.Group]
     objective: training.Objective
-    bank: Bank
+    network: cuts.Network | None = None  # the model, where it can be cut
+    bank: Bank | None = None  # of its features
     _cuts: dict[bool, cuts.Cut | None] = field(default_factory=dict)  # in this epoch, by whether it is in training
     _trained: list[layers.Group] = field(default_factory=list)  # what does since the cuts are these
 
@@ -167,7 +167,7 @@ def build(settings: params.Params, store: images.ImageStore, tensors: dict[str, 
     objective = training.objective(settings, store.labels[store.indices("train")], place)
     bank = Bank(runs.scratch() / "features", settings.feature_bank_gb * 1e9)
     model = model.to(place, memory_format=torch.channels_last)
-    return Experiment(settings, store, backbone, model, network, groups, objective, bank)
+    return Experiment(settings, store, backbone, model, groups, objective, network, bank)
 
 
 def prepared(changes: Sequence[str]) -> tuple[params.Params, images.ImageStore]:
