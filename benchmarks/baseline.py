@@ -65,7 +65,7 @@ def network(name: str, weights: Path | None, num_classes: int, trainable: str) -
     """Return the pretrained network with a new last layer, and what does not train frozen."""
     model = models.get_model(name)
     if weights:
-        model.load_state_dict(torch.load(weights, weights_only=True))
+        model.load_state_dict(torch.load(weights, weights_only=True), strict=False)
     if trainable != "all":
         for parameter in model.parameters():
             parameter.requires_grad = False

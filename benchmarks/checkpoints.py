@@ -24,6 +24,7 @@ from finetune import (
     decoding,
     device,
     images,
+    inference,
     layers,
     optim,
     params,
@@ -112,7 +113,7 @@ def train_epoch(session: checkpoint.Session, store: images.ImageStore, settings:
         training.train_epoch(
             session.model, session.optimizer, session.schedule, batches, normalize, objective, sums, bar
         )
-    inference.predict(session.model, training.plain_batches(store, "val", SIZE), normalize)
+    inference.predict(session.model, training.plain_batches(store, "val", SIZE, device.LOT[place.type]), normalize)
 
 
 def normalize(pictures: torch.Tensor) -> torch.Tensor:
