@@ -8,6 +8,7 @@ second, with many pictures and with 40. The difference is what the pictures take
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile

@@ -81,9 +81,16 @@ def begin(tmp_path, monkeypatch):
 
 @functools.cache
 def pretrained(name: str) -> dict[str, torch.Tensor]:
-    """Return tensors of a network but for its head, which so follow from no setting; none of AlexNet's many."""
+    """Return tensors of a network but for its head, with batch norm as after some training; none of AlexNet's many."""
+    if name == "alexnet":
+        return {}
     torch.manual_seed(5)
-    model = backbones.build(name, 2, 32) if name != "alexnet" else nn.Sequential(nn.Linear(1, 1))
+    model = backbones.build(name, 2, 64).train()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = None  # all that it has seen
+    with torch.no_grad():
+        model(torch.randn(16, 3, 64, 64))
     head = heads.head_layers(model)
     return {key: tensor for key, tensor in model.state_dict().items() if layers.layer_of(key) not in head}
 
@@ -133,26 +140,35 @@ def kept(this: experiment.Experiment) -> list:
 # As the plain loop ----------------------------------------------------------------------------------------------------
 
 
+def both_ways(begin, changes: tuple[str, ...], epochs: int = 3, **store: int) -> list[dict[str, torch.Tensor]]:
+    """Return what comes of training on features, and on pictures; both of which move the weights."""
+    results = []
+    for way in (lambda this: this, plain):
+        this = way(begin(*changes, store=Store(**store)))
+        before = {key: tensor.clone() for key, tensor in this.model.state_dict().items()}
+        results.append(train(this, epochs))
+        assert differing({key: results[-1][key] for key in before}, before, tolerance=2e-4) != []
+    return results
+
+
+RESIDUAL = "model_name=shufflenet_v2_x0_5"  # with batch norm
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         (),
-        ("batch_size=1",),
-        ("batch_size=5",),  # and one of six, as eleven pictures would leave one alone
-        ("batch_size=8",),
-        ("optimizer.name=adam", "optimizer.weight_decay=0.1", "lr=0.001", "schedule.name=one_cycle"),
+        ("optimizer.name=adam", "optimizer.weight_decay=0.1", "schedule.name=one_cycle"),
         ("backbone.trainable=2",),
-        ("backbone.trainable=features.6",),
         ("backbone.trainable=all",),
-        ("backbone.trainable=3", "backbone.unfreeze_epoch=1"),
-        ("backbone.trainable=3", "backbone.unfreeze_every=1"),
-        ("model_name=resnet18",),
-        ("model_name=resnet18", "backbone.trainable=1"),
-        ("model_name=resnet18", "backbone.trainable=2", "backbone.unfreeze_epoch=1"),
-        ("model_name=resnet18", "backbone.trainable=1", "backbone.batch_norm=train"),
-        ("model_name=efficientnet_b0", "lr=1"),
-        (*CONCAT_POOL, "data.image_size=40"),
-        (*CONCAT_POOL, "model_name=resnet18", "backbone.trainable=1", "backbone.unfreeze_epoch=1"),
+        ("backbone.trainable=3", "backbone.unfreeze_epoch=1", "backbone.unfreeze_every=1"),
+        (RESIDUAL,),
+        (RESIDUAL, "backbone.trainable=4", "backbone.unfreeze_epoch=1"),
+        (RESIDUAL, "backbone.trainable=1", "backbone.batch_norm=train"),
+        ("model_name=resnet18", "backbone.trainable=1", "num_epochs=1"),
+        ("model_name=efficientnet_b0", "num_epochs=1"),  # dropout and stochastic depth
+        CONCAT_POOL,
+        (*CONCAT_POOL, RESIDUAL, "backbone.trainable=1", "backbone.unfreeze_epoch=1"),
         ("augment.mixup=0.5",),
         ("augment.views=2",),
         ("augment.views=1", "backbone.trainable=2", "backbone.unfreeze_epoch=1"),
@@ -163,41 +179,46 @@ def kept(this: experiment.Experiment) -> list:
         (*CENTER, SAMPLER, "augment.views=2"),
         ("augment.crop=random", "augment.rotation=20", "augment.color_jitter=0.3", "augment.rand_augment_ops=1"),
         ("augment.normalize=data", "data.balance=loss", "optimizer.label_smoothing=0.1"),
+        ("precision=bf16",),
     ],
 )
 def test_training_on_features_gives_the_weights_of_the_plain_loop(begin, changes):
-    one, other = begin(*changes), plain(begin(*changes))
-    before = {key: tensor.clone() for key, tensor in one.model.state_dict().items()}
-    found, expected = train(one), train(other)
-    # Convolutions of several batch sizes round differently: 1e-7 here, which batch norm of a few pictures magnifies.
-    assert differing(found, expected, tolerance=2e-5 if CONCAT_POOL[0] in changes else 1e-6) == []
-    assert differing({key: found[key] for key in before}, before, tolerance=2e-4) != []
-    assert one.network is not None
+    """To the bit, as a batch is of as many pictures as the frozen layers take at once."""
+    epochs = 1 if "num_epochs=1" in changes else 3
+    assert differing(*both_ways(begin, ("batch_size=16", *changes), epochs, train=32)) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("batch_size=1",),
+        ("batch_size=5",),  # and one of six, as eleven pictures would leave one alone
+        ("batch_size=8", "backbone.trainable=2", "backbone.unfreeze_epoch=1"),
+        (RESIDUAL, "batch_size=5"),
+        (RESIDUAL, "batch_size=8", "backbone.trainable=1", "augment.views=2"),
+        (*CONCAT_POOL, "batch_size=8"),
+        ("batch_size=40",),
+    ],
+)
+def test_with_any_batch_size_the_weights_are_the_plain_loops_but_for_rounding(begin, changes):
+    found, expected = both_ways(begin, changes)
+    assert differing(found, expected, tolerance=1e-5) == []
 
 
 def test_training_alexnet_on_features_gives_the_weights_of_the_plain_loop(begin):
-    changes = ("model_name=alexnet", "data.image_size=64", "data.resize=72", "batch_size=8")
-    results = [train(way(begin(*changes, store=Store(size=72))), 2) for way in (lambda this: this, plain)]
-    assert differing(*results, tolerance=1e-6) == []
-    assert float(results[0]["classifier.6.bias"].sum().abs()) > 0  # it has trained
+    changes = ("model_name=alexnet", "data.image_size=64", "data.resize=72", "batch_size=8", "lr=0.1")
+    assert differing(*both_ways(begin, changes, epochs=1, size=72), tolerance=1e-5) == []
 
 
-@pytest.mark.parametrize("changes", [(), CONCAT_POOL, ("model_name=resnet18", "backbone.trainable=1")])
-def test_where_a_batch_is_a_lot_they_are_equal_to_the_bit(begin, changes):
-    changes = (*changes, "batch_size=16")
-    results = [train(way(begin(*changes, store=Store(train=32)))) for way in (lambda this: this, plain)]
-    assert differing(*results) == []
-
-
-def test_the_validation_of_a_model_is_the_plain_ones_to_the_bit(begin):
-    for changes in ((), CONCAT_POOL, ("model_name=efficientnet_b0", "backbone.trainable=2")):
-        for val in (5, 16, 20):
-            one = begin(*changes, store=Store(val=val))
-            other = plain(begin(*changes, store=Store(val=val)))
-            for this in (one, other):
-                this.begin_epoch(0)
-            assert one.validate(one.val_batches()) == other.validate(other.val_batches())
-            assert one.val_batches().gi_code is not other.val_batches().gi_code
+@pytest.mark.parametrize("val", [5, 16, 20])
+@pytest.mark.parametrize("changes", [(), CONCAT_POOL, (RESIDUAL, "backbone.trainable=2")])
+def test_the_validation_of_a_model_is_the_plain_ones_to_the_bit(begin, changes, val):
+    this = begin(*changes, store=Store(val=val))
+    results = []
+    for each in (this, plain(this), this):  # the last with features at hand
+        each.begin_epoch(0)
+        results.append(each.validate(each.val_batches()))
+    assert results[0] == results[1] == results[2]
 
 
 def test_a_network_that_can_not_be_followed_trains_on_pictures(begin, monkeypatch):
@@ -214,10 +235,8 @@ def test_a_network_that_can_not_be_followed_trains_on_pictures(begin, monkeypatc
 # Wherever the features come from --------------------------------------------------------------------------------------
 
 SEVERAL = [
-    (),
-    CONCAT_POOL,
-    ("model_name=resnet18", "backbone.trainable=1", "backbone.unfreeze_epoch=1"),
-    (SAMPLER, "augment.views=2"),
+    (*CONCAT_POOL, SAMPLER, "augment.views=2"),
+    (RESIDUAL, "backbone.trainable=1", "backbone.unfreeze_epoch=1"),
     ("precision=bf16",),
 ]
 
@@ -245,7 +264,8 @@ def damage(this: experiment.Experiment) -> int:
 def test_a_cold_a_warm_a_damaged_and_no_bank_give_the_same_bits(begin, changes):
     cold = begin(*changes)
     expected = train(cold)
-    assert len(kept(cold)) >= 3
+    count = len(kept(cold))
+    assert count >= 3
     assert {path.suffix for path in kept(cold)} == {".features"}
 
     assert differing(train(begin(*changes)), expected) == []
@@ -260,7 +280,7 @@ def test_a_cold_a_warm_a_damaged_and_no_bank_give_the_same_bits(begin, changes):
 
     damaged, numbers = begin(*changes), []
     assert differing(train(damaged, before=lambda epoch: numbers.append(damage(damaged))), expected) == []
-    assert min(numbers) >= 3
+    assert min(numbers) >= count - 2
 
     gone = begin(*changes)
     assert differing(train(gone, before=lambda epoch: [path.unlink() for path in kept(gone)]), expected) == []
@@ -295,8 +315,8 @@ def test_a_folder_that_takes_no_files_changes_nothing_and_is_told_once_an_epoch(
         CONCAT_POOL,
         (*CONCAT_POOL, "batch_size=5", SAMPLER),
         ("augment.views=2", SAMPLER),
-        ("model_name=resnet18", "backbone.trainable=1"),
-        ("model_name=resnet18", "data.image_size=40", *CENTER),
+        (RESIDUAL, "backbone.trainable=1"),
+        (RESIDUAL, "data.image_size=40", *CENTER),
     ],
 )
 def test_a_warm_run_looks_at_no_picture(begin, changes):
