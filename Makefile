@@ -1,11 +1,12 @@
-# make setup   the environment, in .venv
-# make demo    fine-tune two networks on drawn pictures, through the queue, and compare them
-# make timm    timm's models, too (model_name timm:NAME)
-# make test    lint, format and all tests, timm's among them
+# make setup       the environment, in .venv
+# make demo        fine-tune two networks on drawn pictures, through the queue, and compare them
+# make timm        timm's models, too (model_name timm:NAME)
+# make test        lint, format and all tests, timm's among them
+# make benchmark   how fast an experiment is, beside the usual loop: three quarters of an hour
 PYTHON ?= python3
 IN_VENV = PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: setup timm demo test
+.PHONY: setup timm demo test benchmark
 setup: .venv/installed
 
 .venv/installed: requirements.txt
@@ -30,3 +31,6 @@ test: setup timm
 	$(IN_VENV) ruff check .
 	$(IN_VENV) ruff format --check .
 	OMP_NUM_THREADS=1 $(IN_VENV) python -m pytest -m "" -n 3 --dist worksteal
+
+benchmark: setup
+	$(IN_VENV) python benchmarks/speed.py

@@ -1,7 +1,7 @@
 """How fast an experiment is, beside the loop that most fine-tuning scripts have (baseline.py), on the same pictures.
 
     make benchmark                                   # all of it: about an hour on 2 cores
-    python benchmarks/speed.py overhead sweep        # some of it: epochs, pictures, overhead, sweep
+    python benchmarks/speed.py overhead sweep        # some of it: epochs, pictures, overhead, sweep, jobs
     DATA_ARCHIVE=… WEIGHTS_DIR=… make benchmark      # on real pictures and weights
 
 The ways take turns, each in a process of its own: the baseline with 4 and with 2 workers, ours cold (a bank without
@@ -47,7 +47,8 @@ CASES = {  # the model, what trains by the baseline's name and by ours, and the 
 }
 WAYS = ("4 workers", "2 workers", "cold", "warm")
 TIMES = (1, 4, 16)  # as many pictures
-PARTS = ("epochs", "pictures", "overhead", "sweep")
+JOBS = 4  # experiments for one worker of the queue, and as many for two
+PARTS = ("epochs", "pictures", "overhead", "sweep", "jobs")
 
 
 def main() -> None:
@@ -77,6 +78,8 @@ def main() -> None:
                     found[part] = about | {"seconds": overhead(place)}
                 case "sweep":
                     found[part] = about | {"seconds": sweep(place, arguments.sweep)}
+                case "jobs":
+                    found[part] = about | {"seconds": jobs(place)}
             arguments.output.write_text(json.dumps(found, indent=2) + "\n")
     plot(found, arguments.output.with_suffix(".png"))
     print(f"\n{arguments.output}, {arguments.output.with_suffix('.png')}")
@@ -173,11 +176,30 @@ def sweep(place: "Workspace", number: int) -> dict[str, float]:
     start = time.perf_counter()
     place.dvc("queue", "start", "-j", "1")
     for wanted in sorted({count for count in (1, 4, 16, 64) if count < number} | {number}):
-        while place.experiments() - before < wanted:
-            time.sleep(0.2)
+        place.wait_for(before + wanted)
         found[str(wanted)] = seconds = time.perf_counter() - start + found["queue"] * wanted / number
         others = found["baseline"] * wanted
         print(f"{seconds:8.1f} s for {wanted:2}, {others:.1f} s of the baseline: {others / seconds:.1f}x", flush=True)
+    return found
+
+
+def jobs(place: "Workspace") -> dict[str, dict[str, float]]:
+    """Return the seconds that the queue takes for some experiments of new seeds with one worker, and with two."""
+    found: dict[str, dict[str, float]] = {}
+    print(f"dvc queue start -j N, {JOBS} experiments of SqueezeNet, each with a seed of its own")
+    for trainable, epochs in (("head", 5), ("all", 1)):
+        settings = ["model_name=squeezenet", f"backbone.trainable={trainable}", f"num_epochs={epochs}", "lr=0.0001"]
+        options = [word for change in (*settings, place.source) for word in ("-S", change)]
+        found[trainable] = {}
+        for workers in (1, 2):
+            seeds = ",".join(str(100 * workers + i) for i in range(JOBS))
+            before = place.experiments()
+            place.dvc("exp", "run", "--queue", *options, "-S", f"seed={seeds}")
+            start = time.perf_counter()
+            place.dvc("queue", "start", "-j", str(workers))
+            place.wait_for(before + JOBS)
+            found[trainable][str(workers)] = seconds = time.perf_counter() - start
+            print(f"{seconds:8.1f} s  -j {workers}, {' '.join(settings)}", flush=True)
     return found
 
 
@@ -277,6 +299,11 @@ class Workspace:
     def _run(self, command: list[str]) -> None:
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         subprocess.run(command, cwd=self.folder, env=self.environ, check=True, **quiet)
+
+    def wait_for(self, count: int) -> None:
+        """Return once there are so many experiments."""
+        while self.experiments() < count:
+            time.sleep(0.2)
 
     def experiments(self) -> int:
         """Return how many there are."""

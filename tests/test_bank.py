@@ -7,8 +7,9 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from finetune import bank
@@ -136,10 +137,12 @@ def test_a_row_that_is_put_twice_is_as_it_was_put_last(tmp_path):
     assert is_same(found(tmp_path), expected)
 
 
-def test_threads_share_an_entry(tmp_path):
+def test_threads_share_an_entry(tmp_path, monkeypatch):
     values = rows(300)
     lots = [list(range(at, at + 3)) for at in range(0, 300, 3)]
     random.Random(0).shuffle(lots)
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: time.sleep(1e-4) or write(file, data))  # others go on
     entry = Bank(tmp_path, PLENTY).entry(KEY, 300)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda lot: entry.put(lot, values[lot]), lots))
@@ -189,10 +192,12 @@ def test_zeros_take_an_eleventh_of_the_space_at_most(tmp_path):
 
 
 def test_an_entry_is_there_for_later_runs_and_not_written_again(tmp_path):
-    keep(Bank(tmp_path, PLENTY), rows())
-    content = the_file(tmp_path).read_bytes()
-    keep(Bank(tmp_path, PLENTY), rows(seed=1))
-    assert the_file(tmp_path).read_bytes() == content
+    folder = tmp_path / "made/by it"
+    keep(Bank(folder, PLENTY), rows())
+    content = the_file(folder).read_bytes()
+    keep(Bank(folder, PLENTY), rows(seed=1))
+    assert the_file(folder).read_bytes() == content
+    assert is_same(found(folder), rows())
 
 
 def test_an_entry_can_be_read_once_all_rows_are_there_and_put_until_then(tmp_path):
@@ -220,6 +225,7 @@ def test_an_entry_that_is_closed_takes_and_gives_nothing(tmp_path):
         assert entry.read([0]) is None
         assert not entry.is_readable
     assert is_same(found(tmp_path), rows())
+    assert len(names(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("missing", [{0}, {2}, {3}, {0, 1, 2}, {0, 1, 2, 3}])
@@ -289,6 +295,15 @@ def test_an_entry_that_another_process_drops_is_read_to_its_end(tmp_path):
     the_file(tmp_path).unlink()
     assert is_same(entry.read(range(4)), rows())
     entry.close()
+
+
+def test_an_entry_is_read_where_its_time_of_use_can_not_be_noted(tmp_path, monkeypatch):
+    keep(Bank(tmp_path, PLENTY), rows())
+    for number in (errno.EPERM, errno.EROFS, errno.ENOENT):  # another user's; or dropped just now
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "utime", raising(number))
+            assert is_same(found(tmp_path), rows())
+    assert is_same(found(tmp_path), rows())
 
 
 # Damage -------------------------------------------------------------------------------------------------------------
@@ -611,30 +626,29 @@ def test_an_entry_that_can_not_be_dropped_does_not_stop_a_run(tmp_path, monkeypa
     assert size(tmp_path) <= limit
 
 
-@pytest.fixture
-def no_descriptors():
-    """A function after which the process can open no more files, until the test ends."""
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """Let the process open no more files than it has open."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
-    def exhaust() -> None:
-        free = os.dup(0)
-        os.close(free)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
 
-    yield exhaust
-    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-
-
-def test_a_process_that_can_open_no_more_files_drops_none(tmp_path, capsys, no_descriptors):
+def test_a_process_that_can_open_no_more_files_drops_none(tmp_path, capsys):
     keep(Bank(tmp_path, PLENTY), rows())
     reader = Bank(tmp_path, PLENTY).entry(KEY, 4)
-    no_descriptors()
-    assert found(tmp_path) is None
-    keep(Bank(tmp_path, PLENTY), rows(seed=1), {"number": "new"})
-    assert is_same(reader.read(range(4)), rows())
-    reader.close()
+    with no_more_files():
+        assert found(tmp_path) is None
+        keep(Bank(tmp_path, PLENTY), rows(seed=1), {"number": "new"})
+        assert is_same(reader.read(range(4)), rows())
+        reader.close()
+        assert is_same(found(tmp_path), rows())  # with what is free now
     assert capsys.readouterr().err.count("\n") == 1
-    assert is_same(found(tmp_path), rows())  # with the one that is free now
     assert len(names(tmp_path)) == 1
 
 

@@ -83,9 +83,10 @@ def followed(name: str) -> tuple[nn.Module, cuts.Network | None, int]:
     """Return a network with random weights, what was found of its way, and the size of its pictures."""
     torch.manual_seed(0)
     size = 64 if name.startswith("alexnet") else 32
-    name, _, concat = name.partition(f" {CONCAT}")
+    head = CONCAT_POOL if CONCAT in name else backbones.LINEAR
+    name = name.removesuffix(f" {CONCAT}")
     own = {each.__name__: each for each in OWN}
-    model = own[name]() if name in own else backbones.build(name, 2, size, CONCAT_POOL if _ else backbones.LINEAR)
+    model = own[name]() if name in own else backbones.build(name, 2, size, head)
     for norm in model.modules():  # as after some training
         if isinstance(norm, cuts.BATCH_NORMS):
             norm.running_mean.uniform_(-0.1, 0.1)

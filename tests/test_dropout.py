@@ -114,9 +114,10 @@ def test_numbers_may_lie_in_memory_in_any_way_and_come_out_as_from_torch(name):
     torch.testing.assert_close(result[kept], 2 * inputs[kept])
 
 
-def test_channels_last_stays_channels_last():
+def test_channels_last_stays_channels_last_with_the_masks_in_that_order():
     result = dropped(0.5, layouts()["channels last"])
     assert result.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(result.permute(0, 2, 3, 1) == 0, dropped(0.5, torch.ones(2, 5, 7, 3)) == 0)
 
 
 @pytest.mark.parametrize("name", layouts())

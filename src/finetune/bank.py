@@ -35,6 +35,7 @@ class Bank:
     def __init__(self, folder: Path, limit: float):
         self.folder, self.limit = folder, limit
         self._used: set[Path] = set()
+        self._said = False
 
     def entry(self, key: dict[str, Any], rows: int) -> "Entry":
         """Return the entry of a key, plain values that say all that its rows follow from."""
@@ -56,15 +57,22 @@ class Bank:
                 total += status.st_size
                 abandoned = path.suffix == ".tmp" and status.st_mtime < time.time() - ABANDONED
                 if abandoned or (path.suffix == ".features" and path not in self._used):
-                    droppable.append((status.st_mtime, status.st_size, path))
-        if total - sum(each for _, each, _ in droppable) > self.limit:
-            return False
-        for _, each, path in sorted(droppable):
+                    droppable.append((not abandoned, status.st_mtime, status.st_size, path))
+        fits = total - sum(each for *_, each, _ in droppable) <= self.limit
+        if not fits:
+            total -= size  # what is there has to be within the limit all the same
+        for *_, each, path in sorted(droppable):
             if total <= self.limit:
                 break
             path.unlink(missing_ok=True)
             total -= each
-        return True
+        return fits
+
+    def complain(self, error: OSError) -> None:
+        """Say, once, that the disk does not take features."""
+        if not self._said:
+            self._said = True
+            print(f"warning: features are not kept: {error.strerror}: {self.folder}", file=sys.stderr)
 
 
 class Entry:
@@ -77,7 +85,7 @@ class Entry:
         self._index: np.ndarray | None = None  # [rows, 3] int64: offset, length in bytes, and checksum of each
         self._about: dict[str, Any] = {}
         self._draft: _Draft | None = None
-        with suppress(OSError, ValueError, struct.error):
+        with suppress(OSError, ValueError, OverflowError, struct.error):
             self._open()
         if not self.is_readable:
             self._draft = _Draft(bank, path, rows)
@@ -94,13 +102,14 @@ class Entry:
         count, bits = int(np.prod(self._about["shape"])), np.dtype(self._about["bits"])
         result = np.zeros((len(rows), count), bits)
         try:
-            for out, (offset, length, checksum) in zip(result, self._index[rows].tolist(), strict=True):
+            for out, (offset, length, checksum) in zip(result, self._index[np.asarray(rows)].tolist(), strict=True):
                 packed = os.pread(self._file, length, offset)
                 if zlib.crc32(packed) != checksum:
                     raise OSError("damaged")
                 unpack(packed, out)
         except OSError:
-            self._path.unlink(missing_ok=True)
+            with suppress(OSError):
+                self._path.unlink(missing_ok=True)
             return None
         tensor = torch.from_numpy(result).view(getattr(torch, self._about["dtype"]))
         tensor = tensor.view(len(rows), *self._about["shape"])
@@ -129,7 +138,8 @@ class Entry:
             about, _, index = packed.partition(b"\n")
             if version != FORMAT or zlib.crc32(packed) != checksum or len(index) != self._rows * 3 * 8:
                 raise ValueError("damaged")
-            os.utime(self._path)  # it is used now
+            with suppress(OSError):  # another user's, or dropped just now
+                os.utime(self._path)  # it is used now
         except BaseException:
             os.close(file)
             self._path.unlink(missing_ok=True)
@@ -152,17 +162,20 @@ class _Draft:
         self._lock = threading.Lock()
 
     def put(self, rows: Sequence[int], values: Tensor) -> None:
+        if self._given_up:
+            return
         channels_last = values.ndim == 4 and values.is_contiguous(memory_format=torch.channels_last)
         values = (values.permute(0, 2, 3, 1) if channels_last else values).contiguous().cpu()
         about = {"shape": list(values.shape[1:]), "dtype": str(values.dtype).removeprefix("torch.")}
         bits = values.view(len(values), -1).view(getattr(torch, np.dtype(BITS[values.dtype]).name)).numpy()
         packed = [pack(row) for row in bits]
         checksums = [zlib.crc32(each) for each in packed]
+        about |= {"bits": bits.dtype.name, "channels_last": channels_last}
         with self._lock:
-            self._about = about | {"bits": bits.dtype.name, "channels_last": channels_last}
+            self._about = self._about or about
             size = sum(map(len, packed))
             try:
-                if self._given_up or not self._bank.make_room(size):
+                if self._given_up or about != self._about or not self._bank.make_room(size):
                     self._give_up()
                     return
                 if self._file is None:
@@ -184,9 +197,13 @@ class _Draft:
                     return
                 start, about = self._size, json.dumps(self._about).encode() + b"\n"
                 packed = about + self._index.tobytes()
-                self._write(packed + FOOTER.pack(start, zlib.crc32(packed), FORMAT))
-                os.close(self._file)
-                self._file = None
+                packed += FOOTER.pack(start, zlib.crc32(packed), FORMAT)
+                if not self._bank.make_room(len(packed)):
+                    self._give_up()
+                    return
+                self._write(packed)
+                file, self._file = self._file, None
+                os.close(file)
                 os.replace(self._temporary, self._path)
             except OSError as error:
                 self._give_up(error)
@@ -199,12 +216,13 @@ class _Draft:
 
     def _give_up(self, error: OSError | None = None) -> None:
         """Go on without the entry; say so once where the disk would not take it."""
-        if error and not self._given_up:
-            print(f"warning: features are not kept: {error.strerror}: {self._bank.folder}", file=sys.stderr)
+        if error:
+            self._bank.complain(error)
         self._given_up = True
         if self._file is not None:
-            os.close(self._file)
-            self._file = None
+            file, self._file = self._file, None
+            with suppress(OSError):
+                os.close(file)
         with suppress(OSError):
             self._temporary.unlink(missing_ok=True)
 

@@ -3,7 +3,7 @@
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from finetune.parallel import cores
@@ -21,21 +21,26 @@ def shared(folder: Path) -> Iterator[Callable[[], int]]:
     they have no core cost more than the cores that they want: two full fine-tunings of SqueezeNet side by side took
     36 s with two threads each on 2 cores, 9 s with one each, and 10 s one after the other with two.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    own = FileLock(folder / f"{uuid.uuid4().hex}.lock")
-    part, looked = 0, 0.0
+    own = folder / f"{uuid.uuid4().hex}.lock"
+    part, looked = cores(), -LOOK
 
     def threads() -> int:
         nonlocal part, looked
-        if not part or time.monotonic() - looked > LOOK:
-            part, looked = max(1, cores() // (1 + _others(folder, Path(own.lock_file)))), time.monotonic()
+        if time.monotonic() - looked > LOOK:
+            looked = time.monotonic()
+            with suppress(OSError):
+                part = max(1, cores() // (1 + _others(folder, own)))
         return part
 
-    with own:
-        try:
-            yield threads
-        finally:
-            Path(own.lock_file).unlink(missing_ok=True)
+    lock = FileLock(own)
+    with suppress(OSError):  # then the others do not know of it, which is no reason to stop
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield threads
+    finally:
+        own.unlink(missing_ok=True)
+        lock.release()
 
 
 def _others(folder: Path, own: Path) -> int:

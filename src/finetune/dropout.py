@@ -14,12 +14,12 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or self.p == 0 or input.device.type != "cpu":
-            return super().forward(input)
         dropped = round(self.p * LEVELS)
+        if not self.training or dropped in (0, LEVELS) or input.device.type != "cpu":
+            return super().forward(input)
         draws = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         kept = draws.view(torch.int16)[: input.numel()] >= dropped - LEVELS // 2
-        factors = kept.to(input.dtype).mul_(LEVELS / max(1, LEVELS - dropped))
+        factors = kept.to(input.dtype).mul_(LEVELS / (LEVELS - dropped))
         # In the order in which the input lies in memory: torch.empty_like tells it.
         strides = torch.empty_like(input, device="meta").stride()
         return input * factors.as_strided(input.shape, strides)
@@ -30,4 +30,4 @@ def replace(model: nn.Module) -> None:
     for parent in model.modules():
         for name, child in parent.named_children():
             if type(child) is nn.Dropout:
-                setattr(parent, name, Dropout(child.p))
+                setattr(parent, name, Dropout(child.p).train(child.training))

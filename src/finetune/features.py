@@ -40,9 +40,11 @@ class Features:
             "device": device.about(place),
             "lot": device.LOT[place.type],
             "versions": runs.versions(settings.model_name),
-            "code": [runs.code_digest(Path(module.__file__).read_text("utf-8")) for module in (augment, cuts)],
+            "code": [
+                runs.code_digest(Path(module.__file__).read_text("utf-8")) for module in (augment, cuts, inference)
+            ],
         }
-        self._at_hand: dict[str, list[Batch]] = {}  # validation's, by the trunk's digest
+        self._at_hand: dict[str, list[Tensor]] = {}  # validation's lots, by the trunk's digest
 
     def training_batches(self, cut: Cut, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Yield what training.training_batches does, with features instead of pictures."""
@@ -52,7 +54,8 @@ class Features:
         def pictures(lot: slice) -> Tensor:
             return training.augmented(self._store, self._settings, visits, lot)
 
-        lots = self._lots(cut, self.training_key(cut, visits), visits.rows, pictures, parts[0].start)
+        start = parts[0].start if parts else len(visits.rows)
+        lots = self._lots(cut, self.training_key(cut, visits), visits.rows, pictures, start)
         for part, inputs, seed in zip(parts, _regrouped(lots, parts), visits.seeds[first:], strict=True):
             device.seed(seed)
             yield Batch(inputs, self._store.labels[visits.indices[part]])
@@ -60,24 +63,20 @@ class Features:
     def validation_batches(self, cut: Cut) -> Iterator[Batch]:
         """Yield what training.plain_batches does of val, with features instead of pictures."""
         indices, size = self._store.indices("val"), self._settings.data.image_size
-        if cut.digest not in self._at_hand:
 
-            def pictures(lot: slice) -> Tensor:
-                return training.cropped(self._store, indices[lot], size)
+        def pictures(lot: slice) -> Tensor:
+            return training.cropped(self._store, indices[lot], size)
 
-            lots = self._lots(cut, self.validation_key(cut), np.arange(len(indices)), pictures)
-            batches, position = [], 0
-            for lot in lots:
-                batch = Batch(lot, self._store.labels[indices[position : position + len(lot)]])
-                position += len(lot)
-                if lot[0].nbytes * len(indices) <= AT_HAND:
-                    batches.append(batch)
-                yield Batch(lot.clone(), batch.labels)  # the network may work in place
-            if batches:
-                self._at_hand = {cut.digest: batches}
-            return
-        for batch in self._at_hand[cut.digest]:
-            yield Batch(batch.inputs.clone(), batch.labels)
+        known = self._at_hand.get(cut.digest)
+        lots = known or self._lots(cut, self.validation_key(cut), np.arange(len(indices)), pictures)
+        seen, position = [], 0
+        for lot in lots:
+            if not known and lot[0].nbytes * len(indices) <= AT_HAND:
+                seen.append(lot)
+            yield Batch(lot.clone(), self._store.labels[indices[position : position + len(lot)]])  # to work on in place
+            position += len(lot)
+        if seen:
+            self._at_hand = {cut.digest: seen}
 
     def training_key(self, cut: Cut, visits: Visits) -> dict[str, Any]:
         """Return all that an epoch's rows follow from."""
