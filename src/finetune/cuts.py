@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+PICTURES = 3  # that show a network's way: few, and a number that a tensor's first dimension hardly has by chance
 
 
 @dataclass(frozen=True)
@@ -72,22 +73,25 @@ class Network:
 
 
 def follow(model: nn.Module, image_size: int) -> Network | None:
-    """Return the network whose way two pictures show; None where it can't be followed. The model stays as it was."""
+    """Return the network whose way some pictures show; None where it can't be followed. The model stays as it was."""
     head = heads.head_layers(model)
     whole = [block.name for block in layers.blocks(model, head)] + head  # no cut is within these
     parents = {name.rpartition(".")[0] for name in whole}
     opened = parents | {name[:end] for name in parents for end in range(len(name)) if name[end] == "."}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    modes = {module: module.training for module in model.modules()}
     graphs = {}
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for is_training in (False, True):
                 graphs[is_training] = layers.Tracer(opened).trace(model.train(is_training))
                 walk = _Walk(fx.GraphModule(model, graphs[is_training]))
-                walk.run(torch.zeros(2, 3, image_size, image_size))
+                walk.run(torch.zeros(PICTURES, 3, image_size, image_size))
     except Exception:  # whatever a forward pass stumbles over: it is not made for tracing
         return None
     finally:
+        for module, mode in modes.items():
+            module.training = mode
         with torch.no_grad():  # batch norm has taken the pictures in
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])
@@ -95,13 +99,13 @@ def follow(model: nn.Module, image_size: int) -> Network | None:
 
 
 class _Walk(fx.Interpreter):
-    """Runs a network on two pictures, and notes which steps draw random numbers, and which return a row a picture."""
+    """Runs a network on some pictures, and notes which steps draw random numbers, and which return a row a picture."""
 
     def run_node(self, node: fx.Node) -> Any:
         before = torch.get_rng_state()
         result = super().run_node(node)
         node.meta["random"] = not torch.equal(before, torch.get_rng_state())
-        node.meta["is_batch"] = isinstance(result, Tensor) and result.ndim > 1 and len(result) == 2
+        node.meta["is_batch"] = isinstance(result, Tensor) and result.ndim > 1 and len(result) == PICTURES
         return result
 
 

@@ -105,6 +105,8 @@ class Features:
             found = entry.read(rows[lot])
             if found is None:
                 found = frozen(pictures(lot))
+                if found.untyped_storage().nbytes() > found.nbytes:  # a part of a larger tensor would keep that one
+                    found = found.clone()
                 if found[0].numel() <= most:
                     entry.put(rows[lot], found)
             return found.to(self._place)
