@@ -49,8 +49,9 @@ def prepared(tmp_path_factory):
 
 
 def files(folder) -> dict[str, bytes]:
-    """Return all files of a folder, but for what a fork prints to."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "printed.txt"]
+    """Return all files of a folder, but for what a fork prints to, and the feature bank's."""
+    passing = ("printed.txt", "*.features")
+    paths = [path for path in folder.rglob("*") if path.is_file() and not any(map(path.match, passing))]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 

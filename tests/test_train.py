@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import helpers
-from finetune import augment, backbones, checkpoint
+from finetune import augment, backbones, checkpoint, dropout
 from finetune.images import ImageStore
 from helpers import ROOT, make_pictures, run, write_params
 
@@ -149,6 +149,7 @@ def test_training_equals_a_loop_written_out(trained):
     torch.manual_seed(0)
     model = torchvision.models.squeezenet1_1(num_classes=2)
     model.classifier[2] = torch.nn.Identity()
+    dropout.replace(model)  # of other masks than torch's
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.09)
     for epoch in range(2):
         draws = augment.generator(0, epoch, augment.AUGMENTATION).random((len(indices), 4 * augment.ATTEMPTS + 1))

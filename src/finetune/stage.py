@@ -26,8 +26,7 @@ def run(main: Callable[[], None]) -> None:
 
     After a signal, with 128 and its number. What was written is whole, so the same command goes on from there.
     """
-    gc.freeze()  # what was imported stays
-    gc.enable()
+    gc.enable()  # the imports are done
     sys.stdout.reconfigure(line_buffering=True)  # a queue's log is to grow while the stage works
     _handle(signal.SIGINT, signal.default_int_handler)
     for number in END:
