@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+ENVIRON = dict(os.environ)  # the baseline's, before ours sets how OpenMP's threads wait
 sys.path.insert(0, str(ROOT / "src"))
 
 from finetune import experiment, parallel, sources, training
@@ -218,7 +219,7 @@ class Workspace:
                 (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, self.folder / name)
         binaries = Path(sys.executable).parent
-        self.environ = os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
+        self.environ = ENVIRON | {"PATH": f"{binaries}{os.pathsep}{ENVIRON['PATH']}"}
         self.about = f"{self._write_pictures()}, {self._write_weights()}"
         for command in ("init -q", "config user.name x", "config user.email x", "add -A", "commit -qm x"):
             subprocess.run(["git", *command.split()], cwd=self.folder, check=True)
