@@ -51,6 +51,19 @@ class Stacked(Traced):
         return self.logits(self.third(both[0]) + both[1])
 
 
+class InThirds(Traced):
+    """The features of the same pictures in three parts, as an attention's queries, keys and values."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.third, self.head = nn.Conv2d(3, 6, 4, 4), nn.Linear(2, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        features = self.first(x).mean((2, 3))
+        parts = features.reshape(-1, 3, 2).permute(1, 0, 2)
+        return self.head(self.third(parts[0] * parts[1]) + self.third(parts[2]))
+
+
 class Functional(Traced):
     def forward(self, x):
         features = nn.functional.dropout(self.first(x), 0.5, self.training)
@@ -74,7 +87,7 @@ def vit() -> nn.Module:
     return torchvision.models.VisionTransformer(image_size=32, patch_size=8, num_classes=2, **sizes)
 
 
-OWN = [SkipOverFrozen, SkipFromPicture, ChangedInPlace, Stacked, Functional, LooksAtNumbers, vit]
+OWN = [SkipOverFrozen, SkipFromPicture, ChangedInPlace, Stacked, InThirds, Functional, LooksAtNumbers, vit]
 CONCAT = "with concat pooling"
 
 
@@ -140,11 +153,13 @@ ALL_NETWORKS = [
     ("mobilenet_v3_small", "head", "frozen", ((1024,), "classifier.2"), ((1024,), "classifier.3")),
     ("vit", "head", "frozen", ((8,), "heads.head"), ((8,), "heads.head")),
     ("vit", 1, "frozen", ((17, 8), "encoder.layers.encoder_layer_2"), ((17, 8), "encoder.layers.encoder_layer_2")),
+    ("vit", "encoder", "frozen", ((17, 8), "encoder.dropout"), ((17, 8), "encoder.dropout")),  # with its own tensor
     ("vit", "all", "frozen", None, None),
     ("SkipOverFrozen", "third", "frozen", ((4, 32, 32), "second"), ((4, 32, 32), "second")),  # one value, not two
     ("SkipFromPicture", "third", "frozen", None, None),
     ("ChangedInPlace", "third", "frozen", ((4, 32, 32), "act"), ((4, 32, 32), "act")),
     ("Stacked", "third", "frozen", ((4, 32, 32), "second"), ((4, 32, 32), "second")),  # two rows are no two pictures
+    ("InThirds", "third", "frozen", ((3, 2), "third"), ((3, 2), "third")),
     ("Functional", "third", "frozen", ((4, 32, 32), "second"), ((4, 32, 32), "third")),
 ]
 
