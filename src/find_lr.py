@@ -11,10 +11,12 @@ a copy: no checkpoint, experiment or setting changes. Needs data/prepared (`dvc 
 Leslie Smith 2015, arXiv:1506.01186; the smoothing and where it stops as in fastai.
 """
 
+import contextlib
 import itertools
 import json
 import math
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 from finetune import experiment, layers, lr_range, params, stage, training
@@ -47,9 +49,10 @@ def main() -> None:
     with training.errors_explained(settings):
         optimizer = train_first(this, arguments.epoch)
         this.begin_epoch(arguments.epoch)
-        epochs = (this.training_batches(epoch) for epoch in itertools.count(arguments.epoch))
-        batches = itertools.chain.from_iterable(epochs)
-        with tqdm(total=len(rates), desc="find_lr", disable=None) as bar:
+        with (
+            contextlib.closing(batches_from(this, arguments.epoch)) as batches,
+            tqdm(total=len(rates), desc="find_lr", disable=None) as bar,
+        ):
             part, inputs_of = this.part(is_training=True)
             losses = lr_range.losses(part, optimizer, rates, shares, batches, inputs_of, this.objective, bar)
     found = lr_range.suggestion(rates[: len(losses)], losses)
@@ -57,6 +60,12 @@ def main() -> None:
     print(f"steepest descent at {found.steepest:.2g}, safer {found.safer:.2g}: {OUTPUT}.png, {OUTPUT}.json")
     others = arguments.group != "all" and any(group.thaws is not None and group not in chosen for group in this.groups)
     print(command(arguments.changes, suggested(settings, found.steepest, chosen[0], others)))
+
+
+def batches_from(this: experiment.Experiment, epoch: int) -> Iterator[training.Batch]:
+    """Yield the batches of that epoch, and of all that follow."""
+    for number in itertools.count(epoch):
+        yield from this.training_batches(number)
 
 
 def train_first(this: experiment.Experiment, epochs: int) -> torch.optim.Optimizer:
