@@ -8,9 +8,7 @@ Writes results/evaluate/: metrics.json, predictions.csv (a row a picture), and t
 import csv
 import functools
 import json
-from importlib import import_module
 from pathlib import Path
-from threading import Thread
 
 from finetune import augment, backbones, device, inference, metrics, params, stage, training
 from finetune.files import replaced
@@ -23,8 +21,6 @@ OUTPUT = Path("results/evaluate")
 
 
 def main() -> None:
-    # It takes a second to import, in which the network can predict.
-    Thread(target=import_module, args=["sklearn.metrics"], daemon=True).start()
     settings = params.load()
     store = ImageStore("data/prepared")
     device.make_deterministic()
