@@ -29,7 +29,7 @@ def main() -> None:
     tensors, about = backbones.read(Path("models/model.safetensors"))
     size = about["image_size"]
     model = backbones.build(about["model_name"], len(about["classes"]), size, params.Head(**about["head"]))
-    model.load_state_dict(tensors)
+    backbones.load_tensors(model, tensors, strict=True)
     model = device.in_precision(
         model.to(place, memory_format=torch.channels_last), device.precision(settings.precision, place)
     )

@@ -84,6 +84,14 @@ def test_partial_weights_are_loaded_and_the_rest_reported():
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in tensors.items())
 
 
+def test_a_network_that_asks_for_its_tensors_version_takes_them():
+    model, other = (backbones.build("mnasnet0_5", 2, 32) for _ in range(2))
+    backbones.load_tensors(other, dict(model.state_dict()), strict=True)
+    assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        backbones.load_tensors(other, {}, strict=True)
+
+
 @pytest.mark.parametrize("wrap", [lambda s: {"state_dict": s}, lambda s: {"module." + k: v for k, v in s.items()}])
 def test_common_wrappings_of_a_state_dict_are_understood(wrap):
     model = torchvision.models.alexnet(num_classes=2)

@@ -328,10 +328,10 @@ def test_a_warm_run_looks_at_no_picture(begin, changes):
 
 
 def test_features_of_more_numbers_than_their_pictures_are_not_kept(begin):
-    large = ("backbone.trainable=1", "backbone.batch_norm=train")  # 24 × 16 × 16, and a picture has 3 × 32 × 32
-    small = ("backbone.trainable=stage3",)  # 48 × 4 × 4
+    large = (RESIDUAL, "backbone.batch_norm=train")  # 24 × 16 × 16, and a picture has 3 × 32 × 32
+    small = ("backbone.trainable=features.6",)  # 128 × 3 × 3
     for changes, count in ((large, 0), (small, 2)):
-        this = begin(RESIDUAL, *changes)
+        this = begin(*changes)
         assert computed(this) == {"train", "val"}
         assert this.part(is_training=True)[0] is not this.model
         assert len(kept(this)) == count
@@ -383,7 +383,6 @@ def test_an_epoch_that_is_given_up_leaves_nothing_behind(begin, monkeypatch):
         batches.close()
     assert kept(this) == []
     assert len(set(this.store.looked_at)) < 120
-    this.model.eval()
     assert sum(len(batch.labels) for batch in this.val_batches()) == 60
     assert len(kept(this)) == 1
 
@@ -395,10 +394,9 @@ def computed(this: experiment.Experiment, epoch: int = 0) -> set[str]:
     """Return the splits whose features are computed, not read, in an epoch."""
     this.begin_epoch(epoch)
     found = set()
-    for split, batches in {"train": this.training_batches(epoch), "val": this.val_batches()}.items():
+    for split, batches in {"train": lambda: this.training_batches(epoch), "val": this.val_batches}.items():
         this.store.looked_at.clear()
-        this.model.train(split == "train")
-        for _ in batches:
+        for _ in batches():
             pass
         found |= {split} if this.store.looked_at else set()
     return found
@@ -444,6 +442,15 @@ def test_each_epoch_and_each_view_has_its_own_features(begin):
     assert [len(computed(this, epoch)) for epoch in range(7)] == [2, 1, 1, 0, 0, 0, 0]
     this = begin(*CENTER, bank="third")
     assert [len(computed(this, epoch)) for epoch in range(3)] == [2, 0, 0]
+    this = begin(*CENTER, SAMPLER, bank="fourth")  # leaves some pictures out, and takes some twice
+    assert [len(computed(this, epoch)) for epoch in (0, 1, 0, 1)] == [2, 1, 0, 0]
+
+
+def test_as_many_pictures_of_another_split_have_features_of_their_own(begin):
+    this = begin(*CENTER, "backbone.trainable=1", store=Store(train=8, val=8))
+    assert computed(this) == {"train", "val"}
+    assert len(kept(this)) == 2
+    assert computed(this) == set()
 
 
 def test_another_network_or_size_has_all_features_computed_anew(begin):
@@ -518,7 +525,7 @@ def test_whatever_else_features_follow_from_has_all_computed_anew(begin, monkeyp
             ],
         ),
         (("augment.crop=random",), [("augment.min_scale=0.1",)]),
-        (CENTER, [("seed=3", "augment.min_scale=0.1", SAMPLER)]),
+        (CENTER, [("seed=3", "augment.min_scale=0.1")]),
         (CONCAT_POOL, [("head.hidden=9", "head.dropout=0.1"), ("head.hidden=0",)]),
     ],
 )
@@ -604,7 +611,6 @@ def test_features_are_the_same_bits_whatever_the_number_of_threads(begin, monkey
         )
         this.begin_epoch(0)
         found.append(drawn(this.training_batches(0)))
-        this.model.eval()
         found[-1] += [(batch.inputs, batch.labels.tolist(), 0.0) for batch in this.val_batches()]
         assert torch.get_num_threads() == threads  # of this thread: they are as many as before
     assert len(found[0]) == 9 + 2
@@ -633,12 +639,11 @@ class InPlace(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.trained = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
-        self.act, self.head = nn.ReLU(inplace=True), nn.Linear(4, 2)
+        self.first, self.trained, self.head = nn.Conv2d(3, 4, 2, 2), nn.Conv2d(4, 4, 1), nn.Linear(4, 2)
 
     def forward(self, x):
         early = self.first(x)
-        return self.head((self.trained(self.act(early)) + early).mean((2, 3)))
+        return self.head((self.trained(early.mul_(-2)) + early).mean((2, 3)))
 
 
 def with_own(this: experiment.Experiment, model: nn.Module, trained: list[str], frozen: list[str]):
@@ -652,17 +657,14 @@ def test_what_the_rest_does_in_place_spoils_no_feature(begin):
     results = []
     for way in (lambda this: this, lambda this: this, plain):  # with a cold bank, a warm one, and without
         torch.manual_seed(0)
-        this = with_own(begin(), InPlace(), ["trained", "head"], ["first"])
+        changes = ("batch_size=16", "lr=0.1")
+        this = with_own(begin(*changes, store=Store(train=16, val=32)), InPlace(), ["trained", "head"], ["first"])
         this.begin_epoch(0)
-        assert place_of(this) == "act"
-        results.append(train(way(this)))
+        behind = [str(node.target) for node in this.network.cut(training=False).rest.graph.nodes]
+        assert behind[:3] == ["features", "mul_", "trained"]
+        results.append(train(way(this), 3))
     assert differing(results[0], results[1]) == []
     assert differing(results[0], results[2], tolerance=1e-6) == []
-
-
-def place_of(this: experiment.Experiment) -> str:
-    """Return the first layer behind the cut for evaluation."""
-    return next(node.target for node in this.network.cut(False).rest.graph.nodes if node.op == "call_module")
 
 
 def test_what_is_at_hand_is_no_more_than_the_features(tmp_path):

@@ -1,9 +1,10 @@
-"""The numbers, on cases worked out by hand and beside torch's."""
+"""The numbers, on cases worked out by hand and beside torch's and scikit-learn's."""
 
 from finetune import metrics
 
 import numpy as np
 import pytest
+import sklearn.metrics
 import torch
 
 LOGITS = np.array([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0], [0.0, 0.5]], dtype=np.float32)
@@ -53,6 +54,43 @@ def test_more_than_two_classes():
     roc, precision_recall = metrics.curves(logits, np.array([0, 1, 2, 1]))
     assert (roc[0]["fpr"], roc[-1]["tpr"]) == (0, 1)
     assert precision_recall[-1]["recall"] == 1
+
+
+@pytest.mark.parametrize("classes", [2, 3, 6])
+@pytest.mark.parametrize("seed", range(5))
+def test_summary_and_curves_are_scikit_learns(classes, seed):
+    random = np.random.default_rng(seed)
+    logits = random.normal(size=(200, classes)).round(1)  # rounded: some scores are the same
+    labels = random.integers(classes, size=200)
+    logits[range(200), labels] += seed / 2  # from guesses to what is mostly right
+    probabilities, guesses = np.exp(metrics.log_softmax(logits)), logits.argmax(1)
+    scores = probabilities[:, 1] if classes == 2 else probabilities
+    summary = metrics.summary(logits, labels)
+    assert summary["acc"] == pytest.approx(sklearn.metrics.accuracy_score(labels, guesses), abs=1e-12)
+    assert summary["balanced_acc"] == pytest.approx(sklearn.metrics.balanced_accuracy_score(labels, guesses))
+    assert summary["f1"] == pytest.approx(sklearn.metrics.f1_score(labels, guesses, average="macro"))
+    assert summary["auroc"] == pytest.approx(sklearn.metrics.roc_auc_score(labels, scores, multi_class="ovr"))
+
+    one_hot = np.eye(classes)[labels]
+    truth, score = (labels, scores) if classes == 2 else (one_hot.ravel(), probabilities.ravel())
+    fpr, tpr, _ = sklearn.metrics.roc_curve(truth, score)
+    precision, recall, _ = sklearn.metrics.precision_recall_curve(truth, score, drop_intermediate=True)
+    roc, precision_recall = metrics.curves(logits, labels)
+    np.testing.assert_allclose([[row["fpr"], row["tpr"]] for row in roc], np.stack([fpr, tpr], 1), rtol=1e-12)
+    np.testing.assert_allclose(
+        [[row["recall"], row["precision"]] for row in precision_recall],
+        np.stack([recall, precision], 1)[::-1],
+        rtol=1e-12,
+    )
+
+
+def test_classes_without_a_label_have_no_part_in_the_means():
+    logits = np.array([[3.0, 0, 1], [0, 3, 1], [0, 3, 1]])
+    summary = metrics.summary(logits, np.array([0, 1, 0]))
+    assert summary["balanced_acc"] == 0.75
+    assert summary["f1"] == pytest.approx(2 / 3)
+    assert summary["auroc"] == 0.75
+    assert np.isnan(metrics.summary(logits, np.array([0, 0, 0]))["auroc"])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from http.client import HTTPException
 from importlib import import_module
@@ -238,13 +239,15 @@ def missing_layers(model: nn.Module, tensors: Iterable[str]) -> list[str]:
     ]
 
 
-def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy `tensors` into the model; a position embedding of another picture size is interpolated."""
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], strict: bool = False) -> None:
+    """Copy `tensors` into the model, all of its own if `strict`; a position embedding is fitted to the picture size."""
     if POSITION_EMBEDDING in tensors:
         from torchvision.models.vision_transformer import interpolate_embeddings
 
         tensors = interpolate_embeddings(model.image_size, model.patch_size, dict(tensors))
-    model.load_state_dict(tensors, strict=False)
+    versioned = OrderedDict(tensors)
+    versioned._metadata = model.state_dict()._metadata  # some networks ask which version's tensors they are given
+    model.load_state_dict(versioned, strict=strict)
 
 
 def fine_tuned(

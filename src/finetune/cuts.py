@@ -38,8 +38,8 @@ class Network:
     def cut(self, training: bool) -> Cut | None:
         """Return the network, in training mode now, cut as late as can be; None where nothing can be cut off.
 
-        For training before the first step that trains or is random; for evaluation, in which none is random, before
-        the first that trains. What trains is what requires gradients, and batch norm that is not frozen.
+        Before the first step that trains, or is random in that mode, as dropout is in training alone. What trains is
+        what requires gradients, and batch norm that is not frozen.
         """
         graph = self._graphs[training]
         nodes = list(graph.nodes)
@@ -47,7 +47,7 @@ class Network:
         last_use = [max((place[user] for user in node.users), default=0) for node in nodes]
         found, has_layers, needed = None, False, 0
         for position, node in enumerate(nodes):
-            if node.op == "output" or self._trains(node) or (training and node.meta["random"]):
+            if node.op == "output" or self._trains(node) or node.meta["random"]:
                 break
             has_layers = has_layers or bool(self._tensors(node))
             if has_layers and node.meta["is_batch"] and needed <= position:  # it alone is used from here on

@@ -130,7 +130,8 @@ class Experiment:
         training.train_epoch(module, optimizer, schedule, batches, inputs_of, self.objective, sums, bar)
 
     def val_batches(self) -> Iterator[training.Batch]:
-        """Yield the batches of the validation."""
+        """Yield the batches of the validation, and put the model into evaluation mode, and with it the trunk."""
+        self.model.eval()
         if cut := self._cuts[False]:
             return self.features.validation_batches(cut)
         lot = device.LOT[self.device.type]
@@ -138,7 +139,6 @@ class Experiment:
 
     def validate(self, batches: Iterable[training.Batch]) -> tuple[float, float]:
         """Return loss (nats) and accuracy on the batches of the validation."""
-        self.model.eval()  # and so its trunk
         module, inputs_of = self.part(is_training=False)
         logits = inference.predict(module, batches, inputs_of)
         labels = self.store.labels[self.store.indices("val")]

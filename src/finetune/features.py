@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune import augment, cuts, device, inference, runs, training
+from finetune import augment, backbones, cuts, device, inference, runs, training
 from finetune.bank import Bank
 from finetune.cuts import Cut
 from finetune.images import ImageStore
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+CODE = (augment, backbones, cuts, device, inference, training)  # what features are made by
 AT_HAND = 2**28  # bytes of validation features that stay in memory from epoch to epoch
 
 
@@ -40,9 +41,8 @@ class Features:
             "device": device.about(place),
             "lot": device.LOT[place.type],
             "versions": runs.versions(settings.model_name),
-            "code": [
-                runs.code_digest(Path(module.__file__).read_text("utf-8")) for module in (augment, cuts, inference)
-            ],
+            "model": backbones.canonical_name(settings.model_name),
+            "code": [runs.code_digest(Path(module.__file__).read_text("utf-8")) for module in CODE],
         }
         self._at_hand: dict[str, list[Tensor]] = {}  # validation's lots, by the trunk's digest
 

@@ -27,9 +27,9 @@ class Inference:
     @torch.no_grad()
     def __call__(self, inputs: Tensor) -> Tensor:
         # Filled up to a lot: the number of pictures may change a result's last bits.
-        missing = device.LOT[self.place.type] - len(inputs)
-        whole = torch.cat([inputs, inputs[-1:].expand(missing, *inputs.shape[1:])]) if missing > 0 else inputs
-        return self.module(self.inputs_of(whole.to(self.place)))[: len(inputs)]
+        whole = torch.arange(device.LOT[self.place.type]).clamp(max=len(inputs) - 1)  # an index keeps channels_last
+        filled = inputs[whole] if len(inputs) < len(whole) else inputs
+        return self.module(self.inputs_of(filled.to(self.place)))[: len(inputs)]
 
 
 def side_by_side(function: Callable[[T], R], items: Iterable[T], place: torch.device) -> Iterator[R]:

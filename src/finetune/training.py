@@ -104,10 +104,8 @@ class Visits:
     indices: np.ndarray  # in the store
     positions: np.ndarray  # in the training split
     draws: augment.Draws  # its random numbers
-    rows: (
-        np.ndarray
-    )  # of what is kept of the pictures as they look in this epoch: two alike have the same, in any epoch
-    drawn: dict[str, Any]  # what those follow from, beside the pictures themselves; equal for epochs of the same looks
+    rows: np.ndarray  # of what is kept of the pictures as they look in this epoch
+    drawn: dict[str, Any]  # what these looks follow from, beside the pictures; equal for epochs that have the same
     steps: list[slice]  # the batches
     seeds: list[int]  # of torch's generator, for each batch
 
@@ -129,12 +127,13 @@ def visits(settings: Params, store: ImageStore, epoch: int) -> Visits:
         order = order if views else np.arange(count)
     draws = augment.epoch_draws(seed, view, own.max() + 1, settings.augment)
     steps = slices(count, settings.batch_size)
-    drawn = settings.augment.drawn() | {"seed": seed, "view": view, "balanced": balanced} if draws else {}
+    varies = bool(draws) or balanced  # from epoch to epoch, and not in the order alone
+    drawn = settings.augment.drawn() | {"seed": seed, "view": view, "balanced": balanced} if varies else {}
     return Visits(
         indices=indices[chosen[order]],
         positions=chosen[order],
         draws=augment.rows_of(draws, own[order]),
-        rows=order if draws else chosen[order],
+        rows=order if varies else chosen[order],
         drawn=drawn,
         steps=steps,
         seeds=augment.dropout_seeds(seed, epoch, len(steps)),
