@@ -7,6 +7,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from finetune import uncompiled
+
 PARENT = os.getppid()  # of when the process began: it may be killed while torch is being imported
 
 # Importing torch takes seconds, in which Ctrl-C would show a traceback of torch's. From then on, stage.run handles it.
@@ -29,3 +31,5 @@ if _missing:
         f"error: {sys.executable} has no {', '.join(_missing)}: the environment is not on PATH.\n"
         "Run `. .venv/bin/activate` (after `make setup`), then the same command again."
     )
+
+uncompiled.take_place()

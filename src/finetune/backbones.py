@@ -11,7 +11,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
-from types import SimpleNamespace
 
 from finetune import dropout, heads, layers
 from finetune.digests import digest
@@ -20,18 +19,10 @@ from finetune.files import replaced, resolve_user_path, sha256_of
 from finetune.params import Head, Params
 
 import torch
+import torchvision
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-
-# torchvision's region pooling, which no classifier has, imports torch's compiler to ask it one thing: 0.9 s a stage.
-_COMPILER = "torch._dynamo.utils"
-_absent = _COMPILER not in sys.modules
-sys.modules.setdefault(_COMPILER, SimpleNamespace(is_compile_supported=lambda device_type: False))
-import torchvision  # noqa: E402
-
-if _absent:
-    del sys.modules[_COMPILER]
 
 TIMM = "timm:"  # begins the names of timm's models
 LINEAR = Head(kind="linear", hidden=0, dropout=0.0)

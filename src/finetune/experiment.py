@@ -24,7 +24,6 @@ from finetune.datasets import check_num_classes
 from finetune.features import Features
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
 from tqdm import tqdm
 
