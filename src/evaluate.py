@@ -10,7 +10,7 @@ import functools
 import json
 from pathlib import Path
 
-from finetune import augment, backbones, device, inference, metrics, params, stage, training
+from finetune import augment, backbones, device, inference, metrics, params, runs, stage, training
 from finetune.files import replaced
 from finetune.images import ImageStore
 
@@ -25,7 +25,7 @@ def main() -> None:
     store = ImageStore("data/prepared")
     device.make_deterministic()
     device.keep_freed_memory()
-    place = device.choose(settings.device)
+    place = device.claim(settings.device, runs.scratch() / "gpus")
     tensors, about = backbones.read(Path("models/model.safetensors"))
     size = about["image_size"]
     model = backbones.build(about["model_name"], len(about["classes"]), size, params.Head(**about["head"]))

@@ -3,10 +3,14 @@
 import ctypes
 import os
 import warnings
+from contextlib import suppress
+from pathlib import Path
 
+from finetune import claims
 from finetune.errors import UserError
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 # Pictures that a frozen network takes at once, and how many such lots at a time. On the CPU each has one thread, so
@@ -14,6 +18,8 @@ from torch import Tensor, nn
 # larger ones; 4.4 in lots of 4.
 LOT = {"cpu": 16, "cuda": 64}
 WORKERS = {"cpu": 64, "cuda": 4}
+
+_claimed: list[FileLock] = []  # for as long as the process lives
 
 
 def choose(name: str) -> torch.device:
@@ -27,6 +33,26 @@ def choose(name: str) -> torch.device:
             found = f"{count} CUDA device{'s'[: count != 1]}" if count else "no CUDA device"
             raise UserError(f"params.yaml: device = {name!r}, but torch finds {found} here. Set device to auto or cpu.")
     return device
+
+
+def claim(name: str, folder: Path) -> torch.device:
+    """Return the device of that name, as `choose` does; of several GPUs that it may be, the one claimed by fewest.
+
+    This process claims it then, by a lock in the folder, until it ends. So jobs side by side have a GPU each while
+    there are enough of them, and share them evenly beyond.
+    """
+    device = choose(name)
+    if device.type != "cuda":
+        return device
+    numbers = range(torch.cuda.device_count()) if device.index is None else [device.index]
+    claimed = {number: folder / str(torch.cuda.get_device_properties(number).uuid) for number in numbers}
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "choosing"):  # one at a time, or two would choose the same
+            number = min(numbers, key=lambda each: claims.others(claimed[each]))
+            _claimed.append(claims.hold(claimed[number]))
+            return torch.device("cuda", number)
+    return torch.device("cuda", numbers[0])  # what others claim can't be known
 
 
 def make_deterministic() -> None:

@@ -161,7 +161,7 @@ def build(settings: params.Params, store: images.ImageStore, tensors: dict[str, 
     check_num_classes(settings.num_classes, store.classes, store.manifest["source"])
     device.make_deterministic()
     device.keep_freed_memory()
-    place = device.choose(settings.device)
+    place = device.claim(settings.device, runs.scratch() / "gpus")
     model, groups = backbones.fine_tuned(settings, tensors, backbone["missing"])
     network = cuts.follow(model, settings.data.image_size)
     objective = training.objective(settings, store.labels[store.indices("train")], place)
