@@ -13,6 +13,7 @@ from collections.abc import Collection
 
 from finetune import runs, stage
 from finetune.errors import UserError, nearest
+from finetune.tables import aligned
 
 
 def main() -> None:
@@ -61,9 +62,7 @@ def _print_table(stored: list[runs.Run]) -> None:
         model, experiment, parent = (about.get(key) or "-" for key in ("model_name", "experiment", "parent"))
         size, age = f"{run.bytes / 1e6:,.1f} MB", _in_words(runs.age(run.saved))
         rows.append((run.name, model, epochs, state, size, age, experiment, parent))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(*aligned(rows), sep="\n")
 
 
 def _in_words(seconds: float) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 from finetune import stage
 from finetune.datasets import listing
 from finetune.errors import UserError, nearest
+from finetune.tables import aligned
 
 METRICS = ["val_acc", "val_loss"]
 REPEATED = ("data.fold", "seed")  # in these the runs of a group differ
@@ -201,8 +202,7 @@ def table(groups: Sequence[Group]) -> list[str]:
                 *(f"{group.mean[name]:.4f} ± {_four_digits(group.std[name])}" for name in metrics),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return aligned(rows)
 
 
 def _four_digits(value: float | None) -> str:

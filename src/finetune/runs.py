@@ -262,8 +262,8 @@ def store_folder() -> Path:
 
 
 def scratch() -> Path:
-    """Return the main checkout's folder for what every run may use and none needs."""
-    return Path(os.environ.get("DVC_ROOT", ".")) / ".dvc/tmp"
+    """Return the main checkout's folder for what every run may use and none needs; a sweep's clones are told which."""
+    return Path(os.environ.get("FINETUNE_SCRATCH") or Path(os.environ.get("DVC_ROOT", "."), ".dvc/tmp"))
 
 
 def stored_runs(store: Path) -> list[Run]:

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from finetune.errors import UserError, nearest
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -38,7 +39,7 @@ def read(path: str | Path, kind_of: Callable[[Any], type[S]], changes: Sequence[
     try:
         return kind.model_validate(contents)
     except ValidationError as error:
-        raise UserError("\n".join(f"{path}: {_explain(each, _keys(kind))}" for each in error.errors())) from None
+        raise UserError("\n".join(f"{path}: {_explain(each, keys(kind))}" for each in error.errors())) from None
 
 
 def _apply(change: str, contents: Any) -> None:
@@ -64,17 +65,36 @@ def _explain(error: dict, known: list[str]) -> str:
         return f"unknown key {key}.{nearest(key, known) or ' Known: ' + ', '.join(known) + '.'}"
     if error["type"] == "missing":
         return f"the key {key} is missing."
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = _said(error)
     if error["type"] == "value_error" and isinstance(error["input"], dict):
         return message  # of several keys, which it names
     return f"{key} = {error['input']!r} {message}" if key else "should hold `key: value` lines"
 
 
-def _keys(kind: type[Section], prefix: str = "") -> list[str]:
+def _said(error: dict) -> str:
+    return error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+
+
+def keys(kind: type[Section]) -> list[str]:
     """Return the keys of a section, those of the sections in it with their names in front."""
-    keys = []
+    return list(_fields(kind))
+
+
+def problem(kind: type[Section], key: str, value: Any) -> str | None:
+    """Return what is wrong with a value for one of a section's `keys`, or None. What others ask of it is left aside."""
+    field = _fields(kind)[key]
+    annotated = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    try:
+        TypeAdapter(annotated, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
+    except ValidationError as error:
+        return _said(error.errors()[0])
+    return None
+
+
+def _fields(kind: type[Section], prefix: str = "") -> dict[str, FieldInfo]:
+    found = {}
     for name, field in kind.model_fields.items():
         inner = field.annotation
         is_section = isinstance(inner, type) and issubclass(inner, Section)
-        keys += _keys(inner, f"{prefix}{name}.") if is_section else [prefix + name]
-    return keys
+        found |= _fields(inner, f"{prefix}{name}.") if is_section else {prefix + name: field}
+    return found

@@ -1,0 +1,257 @@
+"""The trials of a sweep: chosen by Optuna, made by DVC, and known to both."""
+
+import contextlib
+import json
+import math
+import re
+import shlex
+import shutil
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from finetune import params, search
+from finetune.clones import Clone, Repository, Running
+from finetune.digests import digest
+from finetune.errors import UserError
+
+import optuna
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from ruamel.yaml import YAML
+from tqdm import tqdm
+
+POLL = 0.1  # seconds
+FAILURES = 3  # that a sweep begins with, after which it ends: it is not the settings then
+METRICS = ("results/train/metrics.json", "results/evaluate/metrics.json")
+
+
+@dataclass
+class Attempt:
+    """A trial that is being made, an experiment after the other."""
+
+    trial: optuna.Trial
+    point: search.Point
+    values: list[float] = field(default_factory=list)  # of its experiments so far
+    running: Running | None = None
+    is_pruned: bool = False
+
+
+class Driver:
+    """A sweep on its way."""
+
+    def __init__(self, name: str, sweep: search.Sweep, repository: Repository, folder: Path, jobs: int):
+        self.name, self.sweep, self.repository, self.folder = name, sweep, repository, folder
+        self.study = self._study()
+        self.left = [each._trial_id for each in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))]
+        self.free = [Clone(repository, folder / f"clone-{number}") for number in range(jobs)]
+        self.attempts: list[Attempt] = []
+        self.end = time.monotonic() + 60 * (sweep.budget.minutes or math.inf)
+
+    def run(self) -> None:
+        """Make trials until the budget, or the grid, is used up. Raises UserError where the first ones all fail."""
+        total = self.sweep.budget.trials
+        if self.sweep.method == "grid":
+            points = len(self.study.trials)
+            total = min(total or points, points)
+        done = self._count(finished=True)
+        with tqdm(total=total, initial=done, desc=self.name, unit="trial", disable=None) as bar:
+            while self._begin() or self.attempts:
+                for attempt in list(self.attempts):
+                    if self._look_at(attempt):
+                        self.attempts.remove(attempt)
+                        bar.update()
+                        if best := self.best():
+                            bar.set_postfix_str(f"best {self.sweep.metric} {best.value:.4f}, trial {best.number}")
+                self._check_failures()
+                time.sleep(POLL)
+        for clone in self.free:
+            shutil.rmtree(clone.folder, ignore_errors=True)
+
+    def stop(self) -> None:
+        """Stop what is running; it goes on with the next call."""
+        running = [attempt.running for attempt in self.attempts if attempt.running]
+        for each in running:
+            each.ask_to_stop()
+        for each in running:
+            each.stop()
+
+    def _study(self) -> optuna.Study:
+        sweep, file = self.sweep, self.folder / "trials.journal"
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(file)))
+        sampler_seed = sweep.seed
+        study = optuna.create_study(
+            storage=storage, study_name=self.name, direction=sweep.direction, load_if_exists=True
+        )
+        base = params.load().model_dump()
+        about = {
+            "asked": digest([sweep.model_dump_json(exclude={"budget", "pruner"})]),
+            "params": digest([json.dumps(base, sort_keys=True)]),
+            "commit": self.repository.commit,
+        }
+        known = study.user_attrs
+        if not known:
+            if sweep.method == "grid":
+                for point in sweep.points():
+                    study.enqueue_trial({key: search.label(value) for key, value in point.items()})
+            for key, value in about.items():
+                study.set_user_attr(key, value)
+        changed = [what for what in about if known and known.get(what) != about[what]]
+        if changed:
+            what = {"asked": "its file", "params": "params.yaml", "commit": "the commit (HEAD)"}
+            raise UserError(
+                f"{' and '.join(what[each] for each in changed)} changed since this sweep began, so that its trials "
+                "would not compare.\nFor a new sweep save the file under another name, or forget the old one: "
+                f"rm -r {self.folder}"
+            )
+        sampler_seed += len(study.trials)  # or one that goes on would draw what it has drawn before
+        study.sampler = {
+            "grid": optuna.samplers.RandomSampler,  # has nothing to choose
+            "random": optuna.samplers.RandomSampler,
+            "tpe": optuna.samplers.TPESampler,
+        }[sweep.method](seed=sampler_seed % 2**32)
+        study.pruner = {
+            "none": optuna.pruners.NopPruner(),
+            "median": optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
+            "successive_halving": optuna.pruners.SuccessiveHalvingPruner(),
+        }[sweep.pruner]
+        return study
+
+    def _begin(self) -> bool:
+        """Begin as many trials as there are free clones, if there is anything left to do; tell whether one began."""
+        began = False
+        while self.free and self._goes_on():
+            trial = optuna.Trial(self.study, self.left.pop(0)) if self.left else self.study.ask()
+            point = self.sweep.suggested(trial)
+            trial.set_user_attr("point", point)
+            try:
+                search.check(self.sweep, point)
+            except UserError as error:
+                self._fail(trial, str(error))
+                return True
+            attempt = Attempt(trial, point)
+            if not self._next(attempt):
+                self.attempts.append(attempt)
+            began = True
+        return began
+
+    def _goes_on(self) -> bool:
+        if time.monotonic() > self.end:
+            return False
+        if self.left:
+            return True
+        if self.sweep.budget.trials and self._count() >= self.sweep.budget.trials:
+            return False
+        return self.sweep.method != "grid" or self._count() < len(self.study.trials)
+
+    def _count(self, finished: bool = False) -> int:
+        """Return how many trials were begun, or are over."""
+        states = {TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL} | (
+            set() if finished else {TrialState.RUNNING}
+        )
+        return len(self.study.get_trials(deepcopy=False, states=tuple(states)))
+
+    def _next(self, attempt: Attempt) -> bool:
+        """Begin the next experiment of a trial that has none running; tell whether the trial is over instead."""
+        repeats = self.sweep.repeats
+        while len(attempt.values) < len(repeats):
+            settings = self.sweep.set | attempt.point | repeats[len(attempt.values)]
+            name = self.label(attempt.trial.number)
+            if len(repeats) > 1:
+                name += f"-{len(attempt.values) + 1}"
+            revision = self.repository.find(name)
+            if not revision:
+                overrides = search.overrides(settings)
+                attempt.running = self.free.pop().run(name, overrides, self.folder / f"{name}.log")
+                return False
+            self._check_is_ours(name, revision, settings)
+            value = self._metric(revision)
+            if value is None or not math.isfinite(value):
+                self._fail(attempt.trial, f"{name} has no {self.sweep.metric}")
+                return True
+            attempt.values.append(value)
+        attempt.trial.set_user_attr("values", attempt.values)
+        mean = statistics.fmean(attempt.values)
+        self.study.tell(attempt.trial, mean)
+        name = self.label(attempt.trial.number)
+        tqdm.write(f"{name}: {self.sweep.metric} {mean:.4f}  {self.command(attempt.point | repeats[0])}")
+        return True
+
+    def _look_at(self, attempt: Attempt) -> bool:
+        """See what a running experiment has come to; tell whether its trial is over."""
+        running, trial = attempt.running, attempt.trial
+        status = running.status  # before its last lines
+        for line in running.lines():
+            epoch = re.match(r"epoch (\d+)/\d+: (.*)", line)
+            if epoch and not attempt.values and self.sweep.pruner != "none":  # the first experiment speaks for all
+                reported = dict(re.findall(r"(\w+) (\S+)", epoch[2]))
+                trial.report(float(reported[self.sweep.metric]), int(epoch[1]))
+                if not attempt.is_pruned and trial.should_prune():
+                    attempt.is_pruned = True
+                    running.ask_to_stop()
+        if status is None:
+            return False
+        attempt.running = None
+        self.free.append(running.clone)
+        if status == 0:
+            running.clone.hand_back(running.name)
+            return self._next(attempt)
+        if attempt.is_pruned:
+            self.study.tell(trial, state=TrialState.PRUNED)
+            tqdm.write(f"{running.name}: stopped early  {self.command(attempt.point | self.sweep.repeats[0])}")
+        else:
+            said = [line for line in running.log.read_text(errors="replace").splitlines() if line.strip()]
+            errors = [line for line in said if line.startswith("error: ")] or said[-1:]
+            self._fail(trial, f"{' '.join(errors)}  ({running.log})")
+        return True
+
+    def _fail(self, trial: optuna.Trial, why: str) -> None:
+        self.study.tell(trial, state=TrialState.FAIL)
+        tqdm.write(f"{self.label(trial.number)}: failed: {why}")
+
+    def _check_failures(self) -> None:
+        """Raise UserError where nothing but failures came of the first trials."""
+        over = [each.state for each in self.study.get_trials(deepcopy=False) if each.state.is_finished()]
+        if len(over) >= FAILURES and set(over) == {TrialState.FAIL}:
+            self.stop()
+            raise UserError(
+                f"the first {len(over)} trials failed, so the sweep ends here.\n"
+                f"Mend what they say, and forget them: rm -r {self.folder}"
+            )
+
+    def _check_is_ours(self, name: str, revision: str, settings: search.Point) -> None:
+        """Raise UserError where an experiment of a trial's name has other settings."""
+        found = YAML(typ="safe").load(self.repository.read(revision, "params.yaml"))
+        for key, value in settings.items():
+            *groups, last = key.split(".")
+            section = found
+            for group in groups:
+                section = section[group]
+            if section[last] != value:
+                raise UserError(
+                    f"there is an experiment {name} already, with another {key} than this sweep's: {section[last]!r}.\n"
+                    f"Save the sweep's file under another name, or remove what has its names: dvc exp remove {name} …"
+                )
+
+    def _metric(self, revision: str) -> float | None:
+        """Return the sweep's metric of an experiment; None where it has none."""
+        metrics: dict = {}
+        for path in METRICS:
+            metrics |= json.loads(self.repository.read(revision, path) or "{}")
+        for key in self.sweep.metric.split("."):
+            metrics = metrics.get(key, {})
+        return metrics if isinstance(metrics, (int, float)) else None
+
+    def best(self) -> optuna.trial.FrozenTrial | None:
+        with contextlib.suppress(ValueError):  # there is none yet
+            return self.study.best_trial
+        return None
+
+    def label(self, number: int) -> str:
+        """Return a trial's name, of which its experiments' begin."""
+        return f"{self.name}-{number:03}"
+
+    def command(self, settings: search.Point) -> str:
+        options = [f"-S {shlex.quote(each)}" for each in search.overrides(self.sweep.set | settings)]
+        return " ".join(["dvc exp run", *options])
