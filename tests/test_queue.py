@@ -1,0 +1,70 @@
+"""DVC's queue with our stages in it: what its commands do to experiments that wait, run, fail and are done."""
+
+import re
+import time
+from pathlib import Path
+
+from helpers import TINY, clone, dvc
+
+import pytest
+from test_pipeline import experiments, wait_for_queue
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = TINY | {"data__source": "data/tiny.yaml", "backbone__weights": "none"}
+
+
+def names(folder: Path, state: str) -> list[str]:
+    """Return the names of the experiments in the queue that are in that state."""
+    return re.findall(rf"^\w+ +(\S+) .*\b{state}\b", dvc(folder, "queue", "status"), re.MULTILINE)
+
+
+def wait_for_epoch(folder: Path, name: str) -> None:
+    """Return once an experiment of the queue has trained for an epoch."""
+    end = time.monotonic() + 60
+    while "epoch 1/" not in dvc(folder, "queue", "logs", name):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+def test_what_waits_runs_fails_and_is_stopped(tmp_path):
+    project = clone(tmp_path / "project", **SETTINGS, num_epochs=40)
+    dvc(project, "exp", "run", "--queue", "-n", "long", "-S", "num_epochs=500")
+    dvc(project, "exp", "run", "--queue", "-n", "bad", "-S", "lr=1e30")
+    dvc(project, "exp", "run", "--queue", "-n", "good", "-S", "num_epochs=1")
+    dvc(project, "exp", "run", "--queue", "-n", "late")
+    assert len(names(project, "Queued")) == 4
+    dvc(project, "queue", "remove", "late")
+    dvc(project, "queue", "start", "-j", "1")
+    wait_for_epoch(project, "long")
+    assert names(project, "Running") == ["long"]
+    dvc(project, "queue", "kill", "long")
+    status = wait_for_queue(project)
+    assert {name: re.search(rf" {name} .* (\w+) *$", status, re.MULTILINE)[1] for name in ("long", "bad", "good")} == {
+        **dict.fromkeys(("long", "bad"), "Failed"),
+        "good": "Success",
+    }
+    assert [row["Experiment"] for row in experiments(project) if row["State"] != "Failed"] == ["good"]
+    assert "the loss" in dvc(project, "queue", "logs", "bad")
+    assert re.search(r"stopped in epoch \d+ of 500 .*all of them saved", dvc(project, "queue", "logs", "long"))
+    dvc(project, "queue", "remove", "--failed")
+    assert names(project, "Failed") == []
+
+    # A worker that is asked to stop ends with its experiment, and leaves the rest queued.
+    dvc(project, "exp", "run", "--queue", "-S", "seed=5,6")
+    dvc(project, "queue", "start", "-j", "1")
+    (running,) = wait_for(lambda: names(project, "Running"))
+    dvc(project, "queue", "stop")
+    wait_for(lambda: running in names(project, "Success"))
+    time.sleep(2)
+    assert len(names(project, "Queued")) == 1
+    assert "0 active, 0 idle" in dvc(project, "queue", "status")
+
+
+def wait_for(found):
+    """Return what is found, once it is something."""
+    end = time.monotonic() + 60
+    while not (result := found()):
+        assert time.monotonic() < end
+        time.sleep(0.3)
+    return result
