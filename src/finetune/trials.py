@@ -47,6 +47,7 @@ class Driver:
         self.left = [each._trial_id for each in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))]
         self.free = [Clone(repository, folder / f"clone-{number}") for number in range(jobs)]
         self.attempts: list[Attempt] = []
+        self.is_prepared = False  # the first trial has pictures and weights, and so the others find them in the cache
         self.end = time.monotonic() + 60 * (sweep.budget.minutes or math.inf)
 
     def run(self) -> None:
@@ -93,7 +94,7 @@ class Driver:
         known = study.user_attrs
         if not known:
             if sweep.method == "grid":
-                for point in sweep.points():
+                for point in list(sweep.points())[len(study.trials) :]:  # some, where it was killed while it began
                     study.enqueue_trial({key: search.label(value) for key, value in point.items()})
             for key, value in about.items():
                 study.set_user_attr(key, value)
@@ -122,6 +123,8 @@ class Driver:
         """Begin as many trials as there are free clones, if there is anything left to do; tell whether one began."""
         began = False
         while self.free and self._goes_on():
+            if self.attempts and not self.is_prepared:
+                break
             trial = optuna.Trial(self.study, self.left.pop(0)) if self.left else self.study.ask()
             point = self.sweep.suggested(trial)
             trial.set_user_attr("point", point)
@@ -183,6 +186,7 @@ class Driver:
         running, trial = attempt.running, attempt.trial
         status = running.status  # before its last lines
         for line in running.lines():
+            self.is_prepared |= line.startswith("Running stage 'train'")
             epoch = re.match(r"epoch (\d+)/\d+: (.*)", line)
             if epoch and not attempt.values and self.sweep.pruner != "none":  # the first experiment speaks for all
                 reported = dict(re.findall(r"(\w+) (\S+)", epoch[2]))
@@ -192,6 +196,7 @@ class Driver:
                     running.ask_to_stop()
         if status is None:
             return False
+        self.is_prepared = True
         attempt.running = None
         self.free.append(running.clone)
         if status == 0:
