@@ -79,44 +79,36 @@ class Driver:
             each.stop()
 
     def _study(self) -> optuna.Study:
-        sweep, file = self.sweep, self.folder / "trials.journal"
-        storage = optuna.storages.JournalStorage(JournalFileBackend(str(file)))
-        sampler_seed = sweep.seed
+        """Return what is known of the sweep's trials. Raises UserError where they were of another sweep."""
+        sweep = self.sweep
+        storage = optuna.storages.JournalStorage(JournalFileBackend(str(self.folder / "trials.journal")))
         study = optuna.create_study(
             storage=storage, study_name=self.name, direction=sweep.direction, load_if_exists=True
         )
-        base = params.load().model_dump()
         about = {
-            "asked": digest([sweep.model_dump_json(exclude={"budget", "pruner"})]),
-            "params": digest([json.dumps(base, sort_keys=True)]),
-            "commit": self.repository.commit,
+            "its file": digest([sweep.model_dump_json(exclude={"budget", "pruner"})]),
+            "params.yaml": digest([params.load().model_dump_json()]),
+            "the commit (HEAD)": self.repository.commit,
         }
-        known = study.user_attrs
-        if not known:
+        if "about" not in study.user_attrs:
             if sweep.method == "grid":
                 for point in list(sweep.points())[len(study.trials) :]:  # some, where it was killed while it began
                     study.enqueue_trial({key: search.label(value) for key, value in point.items()})
-            for key, value in about.items():
-                study.set_user_attr(key, value)
-        changed = [what for what in about if known and known.get(what) != about[what]]
+            study.set_user_attr("about", about)
+        changed = [what for what, value in study.user_attrs["about"].items() if about[what] != value]
         if changed:
-            what = {"asked": "its file", "params": "params.yaml", "commit": "the commit (HEAD)"}
             raise UserError(
-                f"{' and '.join(what[each] for each in changed)} changed since this sweep began, so that its trials "
-                "would not compare.\nFor a new sweep save the file under another name, or forget the old one: "
-                f"rm -r {self.folder}"
+                f"{' and '.join(changed)} changed since this sweep began, so that its trials would not compare.\n"
+                f"For a new sweep save the file under another name, or forget the old one: rm -r {self.folder}"
             )
-        sampler_seed += len(study.trials)  # or one that goes on would draw what it has drawn before
-        study.sampler = {
-            "grid": optuna.samplers.RandomSampler,  # has nothing to choose
-            "random": optuna.samplers.RandomSampler,
-            "tpe": optuna.samplers.TPESampler,
-        }[sweep.method](seed=sampler_seed % 2**32)
+        # Another seed each time, or one that goes on would draw what it has drawn before. A grid has nothing to draw.
+        sampler = optuna.samplers.TPESampler if sweep.method == "tpe" else optuna.samplers.RandomSampler
+        study.sampler = sampler(seed=(sweep.seed + len(study.trials)) % 2**32)
         study.pruner = {
-            "none": optuna.pruners.NopPruner(),
-            "median": optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
-            "successive_halving": optuna.pruners.SuccessiveHalvingPruner(),
-        }[sweep.pruner]
+            "none": optuna.pruners.NopPruner,
+            "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
+            "successive_halving": optuna.pruners.SuccessiveHalvingPruner,
+        }[sweep.pruner]()
         return study
 
     def _begin(self) -> bool:
@@ -150,10 +142,8 @@ class Driver:
 
     def _count(self, finished: bool = False) -> int:
         """Return how many trials were begun, or are over."""
-        states = {TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL} | (
-            set() if finished else {TrialState.RUNNING}
-        )
-        return len(self.study.get_trials(deepcopy=False, states=tuple(states)))
+        states = [each.state for each in self.study.get_trials(deepcopy=False)]
+        return sum(each.is_finished() or (each == TrialState.RUNNING and not finished) for each in states)
 
     def _next(self, attempt: Attempt) -> bool:
         """Begin the next experiment of a trial that has none running; tell whether the trial is over instead."""
