@@ -9,7 +9,10 @@ import re
 import subprocess
 import sys
 
-MODELS = {"alexnet": {"lr": 0.007, "batch_size": 32}, "squeezenet": {"lr": 0.002, "batch_size": 16}}
+MODELS = {
+    "alexnet": {"lr": 0.002, "batch_size": 16, "head.kind": "concat_pool", "head.hidden": 64},  # or 54 M weights train
+    "squeezenet": {"lr": 0.002, "batch_size": 16},
+}
 SETTINGS = {  # small enough for a minute without a GPU, from random weights
     "data.source": "data/sample.yaml",
     "data.resize": 72,
@@ -24,6 +27,7 @@ SETTINGS = {  # small enough for a minute without a GPU, from random weights
     "augment.min_scale": 0.25,
 }
 HIDDEN = "src|data|models|backbone|Created|State|Executor|eval|time|step|augment|num_|seed|device|^loss|^acc"
+PATIENCE = 15  # seconds
 NEXT = """
 What next:
   . .venv/bin/activate                                    # dvc and python of this project
@@ -42,7 +46,7 @@ def main() -> None:
             "Run them first (dvc queue start), or take them out (dvc queue remove --queued)."
         )
     names = [enqueue(model) for model in MODELS]
-    dvc("exp", "run", "--run-all")
+    run_queue()
     accuracies = val_accuracies()
     dvc("exp", "show", "--no-pager", "--only-changed", "--drop", HIDDEN, "--sort-by", "val_acc", "--sort-order", "desc")
     missing = [name for name in names if name not in accuracies]
@@ -51,6 +55,27 @@ def main() -> None:
     for model, name in zip(MODELS, names, strict=True):
         print(f"{model} ({name}): val_acc {accuracies[name]:.3f}")
     print(NEXT)
+
+
+def run_queue() -> None:
+    """Run what is queued, and show what it prints.
+
+    On a busy machine DVC's worker may miss that it is done, as it reads a message that is being written. Then it is
+    told so.
+    """
+    is_idle = False
+    with subprocess.Popen(["dvc", "exp", "run", "--run-all"]) as following:
+        while True:
+            try:
+                following.wait(PATIENCE)
+                return
+            except subprocess.TimeoutExpired:
+                status = dvc("queue", "status", capture=True)
+                was_idle, is_idle = is_idle, not re.search(r"\b(Queued|Running)\b", status)
+            if was_idle and is_idle:
+                dvc("queue", "stop", "--kill", capture=True)
+                following.terminate()
+                return
 
 
 def enqueue(model: str) -> str:

@@ -4,9 +4,11 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from finetune import checkpoint, stage
@@ -137,9 +139,19 @@ def as_user(folder: Path) -> dict[str, str]:
 def dvc(folder: Path, *arguments: str, status: int = 0, **variables: str) -> str:
     """Run dvc as a user with the environment on PATH does; return what it printed."""
     outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    result = subprocess.run(["dvc", *arguments], cwd=folder, env=as_user(folder) | variables, **outputs)
+    result = subprocess.run(["dvc", *arguments], cwd=folder, env=as_user(folder) | variables, timeout=300, **outputs)
     assert result.returncode == status, result.stdout
     return result.stdout
+
+
+def wait_for_queue(folder: Path) -> str:
+    """Return the queue's status once nothing is queued or running."""
+    for _ in range(120):
+        status = dvc(folder, "queue", "status")
+        if not re.search(r"\b(Queued|Running)\b", status):
+            return status
+        time.sleep(1)
+    raise AssertionError(status)
 
 
 def results(folder: Path) -> dict[str, str | bytes]:

@@ -5,11 +5,11 @@ import json
 import re
 
 from finetune import checkpoint
-from helpers import clone, dvc, git
+from helpers import clone, dvc, git, wait_for_queue
 
 import pytest
 import torch
-from test_pipeline import TINY, experiments, wait_for_queue
+from test_pipeline import TINY, experiments
 
 pytestmark = pytest.mark.slow
 

@@ -8,11 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from finetune import datasets
-from helpers import clone, dvc, git, make_pictures, write_params
+from helpers import clone, dvc, git, make_pictures, wait_for_queue, write_params
 
 import pytest
 import torch
@@ -42,16 +41,6 @@ def experiments(folder: Path) -> list[dict[str, str]]:
     """Return the rows of `dvc exp show` that are experiments."""
     rows = csv.DictReader(io.StringIO(dvc(folder, "exp", "show", "--csv")))
     return [row for row in rows if row["typ"].startswith("branch")]
-
-
-def wait_for_queue(folder: Path) -> str:
-    """Return the queue's status once nothing is queued or running."""
-    for _ in range(120):
-        status = dvc(folder, "queue", "status")
-        if not re.search(r"\b(Queued|Running)\b", status):
-            return status
-        time.sleep(1)
-    raise AssertionError(status)
 
 
 def test_the_walkthrough(tmp_path):

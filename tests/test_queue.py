@@ -4,10 +4,10 @@ import re
 import time
 from pathlib import Path
 
-from helpers import TINY, clone, dvc
+from helpers import TINY, clone, dvc, wait_for_queue
 
 import pytest
-from test_pipeline import experiments, wait_for_queue
+from test_pipeline import experiments
 
 pytestmark = pytest.mark.slow
 
