@@ -144,6 +144,13 @@ def dvc(folder: Path, *arguments: str, status: int = 0, **variables: str) -> str
     return result.stdout
 
 
+def start_queue(folder: Path, jobs: int = 1) -> None:
+    """Start a worker of the queue, and leave it alone: a pipe it would hold open to its end."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    command = ["dvc", "queue", "start", "-j", str(jobs)]
+    subprocess.run(command, cwd=folder, env=as_user(folder), check=True, **quiet)
+
+
 def wait_for_queue(folder: Path) -> str:
     """Return the queue's status once nothing is queued or running."""
     for _ in range(120):

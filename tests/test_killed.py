@@ -8,7 +8,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from helpers import as_user, clone, differences, dvc, results
+from helpers import as_user, clone, differences, dvc, results, start_queue
 
 import psutil
 import pytest
@@ -77,8 +77,7 @@ def test_an_experiment_killed_in_a_temporary_folder(tmp_path, undisturbed):
 def test_experiments_and_workers_of_the_queue_killed(tmp_path, undisturbed):
     project = clone(tmp_path / "project", RECIPE, **SETTINGS)
     dvc(project, "exp", "run", "--queue", "-S", "seed=0,1")
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # workers would hold a pipe open to their end
-    subprocess.run(["dvc", "queue", "start", "-j", "2"], cwd=project, env=as_user(project), check=True, **quiet)
+    start_queue(project, jobs=2)
     store = project / ".dvc/tmp/checkpoints"
     while len({file.parent for file in store.glob("*/*.pt")}) < 2:  # both have an epoch
         time.sleep(0.05)
@@ -89,7 +88,7 @@ def test_experiments_and_workers_of_the_queue_killed(tmp_path, undisturbed):
 
     dvc(project, "exp", "run", "--queue", "-S", "seed=0", "--name", "zero")
     dvc(project, "exp", "run", "--queue", "-S", "seed=1", "--name", "one")
-    dvc(project, "queue", "start", "-j", "2")
+    start_queue(project, jobs=2)
     status = dvc(project, "queue", "status")
     while not all(re.search(rf" {name} .*Success", status) for name in ("zero", "one")):
         assert not re.search(r" (zero|one) .*Failed", status)

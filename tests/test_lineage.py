@@ -5,7 +5,7 @@ import json
 import re
 
 from finetune import checkpoint
-from helpers import clone, dvc, git, wait_for_queue
+from helpers import clone, dvc, git, start_queue, wait_for_queue
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def test_the_walkthrough_of_resume(tmp_path):
     here = newest(project)["Experiment"]
     dvc(project, "exp", "run", "--queue", "-S", "resume=last,auto", "-S", "lr=0.02")
     dvc(project, "exp", "run", "-S", "resume=auto")
-    dvc(project, "queue", "start", "-j", "2")
+    start_queue(project, jobs=2)
     assert wait_for_queue(project).count("Success") == 2
     rows = {row["resume"]: row for row in experiments(project) if row["lr"] == "0.02"}
     assert (rows["last"]["step"], rows["last"]["continues"]) == ("3", here)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from finetune import datasets
-from helpers import clone, dvc, git, make_pictures, wait_for_queue, write_params
+from helpers import clone, dvc, git, make_pictures, start_queue, wait_for_queue, write_params
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def test_the_walkthrough(tmp_path):
     assert "Traceback" not in log
 
     dvc(project, "exp", "run", "--queue", "-S", "lr=0.002,0.003")
-    dvc(project, "queue", "start", "-j", "2")
+    start_queue(project, jobs=2)
     assert wait_for_queue(project).count("Success") == 4
     assert len([row for row in experiments(project) if row["State"] != "Failed"]) == 8
 

@@ -4,7 +4,7 @@ import re
 import time
 from pathlib import Path
 
-from helpers import TINY, clone, dvc, wait_for_queue
+from helpers import TINY, clone, dvc, start_queue, wait_for_queue
 
 import pytest
 from test_pipeline import experiments
@@ -19,14 +19,6 @@ def names(folder: Path, state: str) -> list[str]:
     return re.findall(rf"^\w+ +(\S+) .*\b{state}\b", dvc(folder, "queue", "status"), re.MULTILINE)
 
 
-def wait_for_epoch(folder: Path, name: str) -> None:
-    """Return once an experiment of the queue has trained for an epoch."""
-    end = time.monotonic() + 60
-    while "epoch 1/" not in dvc(folder, "queue", "logs", name):
-        assert time.monotonic() < end
-        time.sleep(0.2)
-
-
 def test_what_waits_runs_fails_and_is_stopped(tmp_path):
     project = clone(tmp_path / "project", **SETTINGS, num_epochs=40)
     dvc(project, "exp", "run", "--queue", "-n", "long", "-S", "num_epochs=500")
@@ -35,9 +27,9 @@ def test_what_waits_runs_fails_and_is_stopped(tmp_path):
     dvc(project, "exp", "run", "--queue", "-n", "late")
     assert len(names(project, "Queued")) == 4
     dvc(project, "queue", "remove", "late")
-    dvc(project, "queue", "start", "-j", "1")
-    wait_for_epoch(project, "long")
-    assert names(project, "Running") == ["long"]
+    start_queue(project)
+    wait_for(lambda: names(project, "Running") == ["long"])
+    wait_for(lambda: "epoch 1/" in dvc(project, "queue", "logs", "long"))
     dvc(project, "queue", "kill", "long")
     status = wait_for_queue(project)
     assert {name: re.search(rf" {name} .* (\w+) *$", status, re.MULTILINE)[1] for name in ("long", "bad", "good")} == {
@@ -52,7 +44,7 @@ def test_what_waits_runs_fails_and_is_stopped(tmp_path):
 
     # A worker that is asked to stop ends with its experiment, and leaves the rest queued.
     dvc(project, "exp", "run", "--queue", "-S", "seed=5,6")
-    dvc(project, "queue", "start", "-j", "1")
+    start_queue(project)
     (running,) = wait_for(lambda: names(project, "Running"))
     dvc(project, "queue", "stop")
     wait_for(lambda: running in names(project, "Success"))

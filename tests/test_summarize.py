@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import summarize
-from helpers import as_user, clone, dvc, wait_for_queue
+from helpers import as_user, clone, dvc, start_queue, wait_for_queue
 from summarize import Experiment
 
 import pytest
@@ -182,7 +182,7 @@ def test_the_summary_of_three_folds_is_that_of_the_three_experiments(tmp_path):
 
     assert summary(status=1).stderr.startswith("error: there is no finished experiment.")
     dvc(project, "exp", "run", "--queue", "-S", "data.fold=range(3)")
-    dvc(project, "queue", "start")
+    start_queue(project)
     wait_for_queue(project)
     dvc(project, "exp", "run", "--queue", "-S", "lr=0.1")
     (_, commit) = json.loads(dvc(project, "exp", "show", "--json"))
