@@ -16,7 +16,7 @@ PROJECT = Path(__file__).parent.parent
 SETTINGS = """-S data.source=data/sample.yaml -S data.resize=72 -S data.image_size=64 \\
     -S model_name=squeezenet -S backbone.weights=none -S backbone.trainable=all \\
     -S num_epochs=6 -S batch_size=16 -S lr=0.002 -S momentum=0.9"""
-HIDDEN = "src|data|models|weights|backbone|Created|State|Executor|eval|time|augment|batch|momentum|num_|^loss|^acc"
+HIDDEN = "src|data|models|weights|backbone|Created|State|Executor|eval|training|augment|batch|momentum|num_|^loss|^acc"
 SHOW = f"dvc exp show --no-pager --only-changed --drop '{HIDDEN}'"
 BITS = ["models/model.safetensors", "results/evaluate/predictions.csv", "results/train/plots/metrics/val_loss.tsv"]
 
@@ -61,7 +61,7 @@ def play(folder: Path) -> None:
     promise(ours == hers, "and so are all metrics but the time it took")
 
     say("Ben goes on from her model, more slowly; Ana tries another learning rate")
-    sh(ben, "dvc exp run --name on-top -S resume=last -S lr=0.0005 -S num_epochs=3")
+    sh(ben, "dvc exp run --name on-top -S resume=first -S lr=0.0005 -S num_epochs=3")
     promise(metrics(ben).get("continues") == "first", "Ben's experiment says that it continues Ana's")
     sh(ana, "dvc exp run --name faster -S lr=0.004")
 
