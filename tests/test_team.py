@@ -64,9 +64,9 @@ def join(team: Team, folder: Path, branch: str = "main") -> Path:
 
 
 def row(folder: Path, name: str) -> dict[str, str]:
-    """Return an experiment's row in the table, but for what is a clone's own."""
+    """Return an experiment's values in the table, but for what is a clone's own."""
     (found,) = (each for each in experiments(folder) if each["Experiment"] == name)
-    return {key: value for key, value in found.items() if key not in ("typ", "State", "Executor")}
+    return {key: value for key, value in found.items() if value and key not in ("typ", "State", "Executor")}
 
 
 def test_two_work_together(team, tmp_path):
