@@ -1,12 +1,14 @@
 # make setup       the environment, in .venv
 # make demo        fine-tune two networks on drawn pictures, through the queue, and compare them
+# make team-demo   a team at work in a temporary folder: clones, a git remote and a DVC remote
 # make timm        timm's models, too (model_name timm:NAME)
+# make s3          DVC remotes on S3, and the server that their test talks to
 # make test        lint, format and all tests, timm's among them
 # make benchmark   how fast an experiment is, beside the usual loop: three quarters of an hour
 PYTHON ?= python3
 IN_VENV = PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: setup timm demo test benchmark
+.PHONY: setup timm s3 demo team-demo test benchmark
 setup: .venv/installed
 
 .venv/installed: requirements.txt
@@ -24,8 +26,17 @@ timm: .venv/installed-timm
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements-timm.txt
 	@touch $@
 
+s3: .venv/installed-s3
+
+.venv/installed-s3: requirements-s3.txt .venv/installed
+	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements-s3.txt
+	@touch $@
+
 demo: setup
 	$(IN_VENV) python src/demo.py
+
+team-demo: setup
+	$(IN_VENV) python src/team_demo.py
 
 test: setup timm
 	$(IN_VENV) ruff check .
