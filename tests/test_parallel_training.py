@@ -116,7 +116,8 @@ CASES = {
         "optimizer__l1": 0.001,
     },
     "all but batch norm": RESNET | {"backbone__trainable": convolutions("resnet18")},
-    "all, batch norm too": RESNET | {"backbone__trainable": "all"},
+    # Rounding grows where batch norm has few values, as it does in batches in another order.
+    "all, batch norm too": RESNET | {"backbone__trainable": "all", "batch_size": 8, "lr": 0.0005, "momentum": 0.0},
     "mixup, thawing, statistics that follow": {
         "model_name": "shufflenet_v2_x0_5",
         "augment__mixup": 0.4,
@@ -165,7 +166,7 @@ def drawn(pictures: torch.Tensor) -> torch.Tensor:
     values = nn.Dropout(0.3)(values)
     values = stochastic_depth(values, 0.3, "row")
     windows = dropout.Dropout(0.3)(pictures.repeat_interleave(3, 0))
-    return torch.cat([values.flatten(1), windows.reshape(len(pictures), 3 * pictures[0].numel())], 1)
+    return torch.cat([values.flatten(1), windows.reshape(len(pictures), 3 * pictures.shape[1:].numel())], 1)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8])
@@ -206,7 +207,7 @@ def members(launcher: Forked) -> dict[str, psutil.Process]:
 
 
 def until(condition, process: Forked, folder: Path) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, (folder / "printed.txt").read_text()
         assert time.monotonic() < end, (folder / "printed.txt").read_text()
@@ -285,7 +286,7 @@ def test_one_process_killed_and_two_go_on_then_two_and_what_started_them_killed(
 
 @pytest.mark.slow
 def test_an_error_is_told_once(folders):
-    folder = folders(device="all", lr=1e30)
+    folder = folders(device="all", lr=1e30, backbone__trainable="all")
     printed = run_forked(folder, status=1, **LAUNCHED)
     assert printed.count("error: ") == printed.count("training diverged") == 1
     assert "Traceback" not in printed

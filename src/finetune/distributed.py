@@ -104,7 +104,7 @@ def launch(script: Path, count: int) -> None:
         try:
             if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
                 signal.signal(signal.SIGINT, stop)
-            elastic_launch(config, sys.executable)(script)
+            elastic_launch(config, sys.executable)(str(script))
         except SignalException as error:
             sys.exit(128 + error.sigval)
         except ChildFailedError as error:
