@@ -27,8 +27,9 @@ TINY = helpers.TINY | {
 }
 PICTURES = {"train/ants": 5, "train/bees": 10, "val/ants": 8, "val/bees": 9}  # batches of 4, 4, 4 and 3
 RESNET = {"model_name": "resnet18", "num_epochs": 1, "momentum": 0.5}
+# Batch norm makes more of rounding, the fewer values it has.
+BATCH_NORM = {"model_name": "resnet18", "num_epochs": 1, "batch_size": 8, "lr": 0.0005, "momentum": 0.0}
 LAUNCHED = {"CPU_PROCESSES": "2"}
-CLOSE = {"rtol": 0, "atol": 2e-5}  # to weights of which some have moved by 0.01 and more
 
 
 # Folders --------------------------------------------------------------------------------------------------------------
@@ -84,11 +85,11 @@ def state(folder: Path) -> dict:
     return checkpoint.load(folder / "models/checkpoint.pt")
 
 
-def check_close(folder: Path, reference: Path, **tolerance: float) -> None:
+def check_close(folder: Path, reference: Path, atol: float) -> None:
     """Check that what was trained in two folders is equal within rounding."""
     found, expected = state(folder), state(reference)
     assert found["run"] == expected["run"]
-    torch.testing.assert_close(found["model"], expected["model"], **CLOSE | tolerance)
+    torch.testing.assert_close(found["model"], expected["model"], rtol=0, atol=atol)
     for row, other in zip(found["history"], expected["history"], strict=True):
         assert (row["step"], row["lr"]) == (other["step"], other["lr"])
         assert (row["acc"], row["val_acc"]) == (other["acc"], other["val_acc"])
@@ -116,16 +117,13 @@ CASES = {
         "optimizer__l1": 0.001,
     },
     "all but batch norm": RESNET | {"backbone__trainable": convolutions("resnet18")},
-    # Rounding grows where batch norm has few values, as it does in batches in another order.
-    "all, batch norm too": RESNET | {"backbone__trainable": "all", "batch_size": 8, "lr": 0.0005, "momentum": 0.0},
-    "mixup, thawing, statistics that follow": {
-        "model_name": "shufflenet_v2_x0_5",
+    "all, batch norm too": BATCH_NORM | {"backbone__trainable": "all"},
+    "head, on statistics that follow": BATCH_NORM | {"backbone__batch_norm": "train"},
+    "whole pictures, with dropout, mixup and thawing": {
         "augment__mixup": 0.4,
-        "backbone__trainable": 2,
+        "backbone__trainable": "all",
         "backbone__unfreeze_epoch": 1,
-        "backbone__batch_norm": "train",
     },
-    "whole pictures, with dropout and thawing": {"backbone__trainable": "all", "backbone__unfreeze_epoch": 1},
     "one picture a batch": {"batch_size": 1, "num_epochs": 1, "lr": 0.001},
     "one picture a batch, whole": {"batch_size": 1, "num_epochs": 1, "lr": 0.001, "backbone__trainable": "all"},
 }
@@ -138,7 +136,7 @@ def test_two_processes_train_what_one_does_and_the_first_alone_writes(settings, 
     run_forked(reference)
     before = {path.relative_to(second) for path in second.rglob("*")}
     train_together([first, second])
-    check_close(first, reference)
+    check_close(first, reference, atol=2e-4 if settings.items() >= BATCH_NORM.items() else 2e-5)
     start = folders(**settings) / "models/backbone.safetensors"
     moved = max(
         (each - backbones.read(start)[0].get(name, each)).abs().max() for name, each in state(first)["model"].items()
