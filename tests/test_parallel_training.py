@@ -75,7 +75,7 @@ def train_together(folders: list[Path]) -> None:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     group = {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": str(len(folders)), "MASTER_ADDR": "localhost"}
-    group |= {"MASTER_PORT": port}
+    group |= {"MASTER_PORT": port, "OMP_NUM_THREADS": "1"}  # in folders of their own, they do not share the cores
     processes = [Forked(folder, "train", RANK=str(rank), **group) for rank, folder in enumerate(folders)]
     for process, folder in zip(processes, folders, strict=True):
         assert process.wait() == 0, "\n".join((each / "printed.txt").read_text() for each in [folder, folders[0]])
