@@ -19,7 +19,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from finetune import backbones, checkpoint, cores, experiment, layers, lineage, optim, params, runs, stage, training
+from finetune import (
+    backbones,
+    checkpoint,
+    cores,
+    distributed,
+    experiment,
+    layers,
+    lineage,
+    optim,
+    params,
+    runs,
+    stage,
+    training,
+)
 from finetune.errors import explained
 from finetune.images import ImageStore
 
@@ -31,8 +44,18 @@ Stopped = Callable[[], signal.Signals | None]
 
 
 def main() -> None:
-    started = time.perf_counter()
     settings = params.load()
+    processes = distributed.processes(settings.device)
+    if processes > 1:
+        distributed.launch(Path(__file__), processes)  # this script in each
+        return
+    with distributed.ended_together():
+        fine_tune(settings)
+
+
+def fine_tune(settings: params.Params) -> None:
+    """Train and write the model, or have a part in that; see finetune.distributed."""
+    started = time.perf_counter()
     store = ImageStore(experiment.STORE)
     tensors, backbone = backbones.read(experiment.BACKBONE)
     # What a checkpoint on top of which another run trains must agree in with that one's settings.
@@ -53,7 +76,10 @@ def main() -> None:
     )
     run = runs.Run(runs.store_folder(), runs.run_id(identity))
     about = base | {"run": run.name, "experiment": os.environ.get("DVC_EXP_NAME")}
+    if not distributed.is_first():
+        return take_part(this, session, run, epochs)
     with run.held(about | {"parent": parent and parent[0], "identity": identity}):
+        distributed.begin()
         if settings.resume == "never":
             run.begin_anew()
         go_on(session, run, epochs, settings)
@@ -83,6 +109,18 @@ def main() -> None:
     backbones.write(Path("models/model.safetensors"), this.model.state_dict(), about_model | this.normalization)
 
 
+def take_part(this: experiment.Experiment, session: checkpoint.Session, run: runs.Run, epochs: int) -> None:
+    """Train along with the first process, which writes."""
+    distributed.begin()
+    go_on(session, run, epochs, this.settings)
+    with (
+        checkpoint.Writer(run, epochs, {}, 0) as writer,
+        cores.shared(runs.scratch() / "cores") as threads,
+        stage.deferred_signals() as stopped,
+    ):
+        train(this, session, epochs, writer, None, stopped, threads)
+
+
 def say_what_trains(this: experiment.Experiment) -> None:
     """Print the table of what trains."""
     sizes = Counter()
@@ -96,7 +134,7 @@ def say_what_trains(this: experiment.Experiment) -> None:
 
 def go_on(session: checkpoint.Session, run: runs.Run, epochs: int, settings: params.Params) -> None:
     """Take the run up where the store has it, and say so."""
-    found = checkpoint.newest(run, epochs)
+    found = distributed.from_first(checkpoint.newest(run, epochs) if distributed.is_first() else None)
     if not found:
         return
     state, path = found
@@ -114,7 +152,7 @@ def train(
     session: checkpoint.Session,
     epochs: int,
     writer: checkpoint.Writer,
-    live: Live,
+    live: Live | None,
     stopped: Stopped,
     threads: Callable[[], int],
 ) -> None:
@@ -131,8 +169,9 @@ def train(
         nonlocal saved
         for batch in batches:
             torch.set_num_threads(threads() if this.is_heavy else 1)
-            signal_ = stopped()
-            if sums.steps and (signal_ or time.monotonic() - saved > 60 * settings.checkpoint_minutes):
+            is_due = time.monotonic() - saved > 60 * settings.checkpoint_minutes
+            signal_, is_due = distributed.largest(stopped() or 0, is_due)  # all stop after the same batch
+            if sums.steps and (signal_ or is_due):
                 session.sums = sums.values()
                 writer.save(session)
                 saved = time.monotonic()
@@ -165,7 +204,10 @@ def train(
             batches = watched(this.training_batches(epoch, first=sums.steps), sums)
             with tqdm(total=steps, initial=sums.steps, desc=f"epoch {epoch + 1}/{epochs}", disable=None) as bar:
                 this.train_epoch(optimizer, schedule, batches, sums, bar)
-            val_loss, val_acc = this.validate(watched(this.val_batches(), sums))
+            batches = this.val_batches()
+            if distributed.size() == 1:  # of several processes, each may have another number of them
+                batches = watched(batches, sums)
+            val_loss, val_acc = this.validate(batches)
             if not math.isfinite(val_loss):
                 raise FloatingPointError(f"the loss in the validation after epoch {epoch + 1}")
 
@@ -186,7 +228,8 @@ def train(
                 session.keep_if_best()
             writer.save(session)
             saved = time.monotonic()
-            log(live, row)
+            if live:
+                log(live, row)
             tqdm.write(
                 f"epoch {epoch + 1}/{epochs}: loss {row['loss']:.4f}  acc {row['acc']:.4f}  "
                 f"val_loss {row['val_loss']:.4f}  val_acc {row['val_acc']:.4f}  {row['training_time']:.1f} s"

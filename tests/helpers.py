@@ -68,7 +68,10 @@ NOT_FORKED = ("DATA_ARCHIVE", "WEIGHTS_DIR", "CHECKPOINTS_DIR", "DVC_ROOT", "DVC
 
 
 class Forked:
-    """A script that starts at once, as a fork; what it prints goes to printed.txt. Used as a Popen is."""
+    """A script that starts at once, as a fork; what it prints goes to printed.txt. Used as a Popen is.
+
+    With `RANK` and so on among the variables, it is one of several processes that train together.
+    """
 
     def __init__(self, folder: Path, script: str, *arguments: str, **variables: str):
         (folder / "printed.txt").write_text("")  # by now, as the fork may be killed before it opens it
@@ -76,6 +79,10 @@ class Forked:
         with pytest.MonkeyPatch.context() as patch:  # the server takes them from the first process that starts it
             patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")]))
             self._process.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def poll(self) -> int | None:
         return self._process.exitcode
@@ -96,6 +103,7 @@ def _run_script(folder: Path, script: str, arguments: tuple[str, ...], variables
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.chdir(folder)
+    stage.PARENT = os.getppid()  # which is the server
     sys.argv = [f"src/{script}.py", *arguments]
     stage.run(importlib.import_module(script).main)
 

@@ -49,6 +49,10 @@ def test_a_seed_is_that_of_cuda_too():
     assert torch.equal(found[0], found[2])
 
 
+def test_all_is_auto_for_one_process():
+    assert device.choose("all") == device.choose("auto")
+
+
 # Precision ----------------------------------------------------------------------------------------------------------
 
 

@@ -42,6 +42,7 @@ def test_every_setting_is_one_line_with_a_comment():
         ("lr: 0.001", "lr: 1", "lr", 1.0),
         ("lr: 0.001", "lr: 1e-3", "lr", 0.001),
         ("device: auto", "device: cuda:1", "device", "cuda:1"),
+        ("device: auto", "device: all", "device", "all"),
         ("momentum: 0.09", "momentum: 0", "momentum", 0.0),
     ],
 )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune import distributed
 from finetune.digests import digest
 from finetune.errors import UserError
 from finetune.files import replaced
@@ -148,9 +149,13 @@ class Writer:
         self._thread.shutdown()
 
     def save(self, session: Session) -> None:
-        """Begin to write where the session is now. Raises what went wrong with the one before."""
+        """Begin to write where the session is now. Raises what went wrong with the one before.
+
+        Where several processes train together, only the first one writes.
+        """
         self.wait()
-        self._last = self._thread.submit(self._write, self.about | session.state())
+        if distributed.is_first():
+            self._last = self._thread.submit(self._write, self.about | session.state())
 
     def wait(self) -> None:
         """Return once all is written. Raises OSError, and FloatingPointError where a tensor was not finite."""

@@ -23,8 +23,11 @@ _claimed: list[FileLock] = []  # for as long as the process lives
 
 
 def choose(name: str) -> torch.device:
-    """Return the device of that name; `auto` is CUDA where there is one, else the CPU. Raises UserError."""
-    if name == "auto":
+    """Return the device of that name; `auto` is CUDA where there is one, else the CPU. Raises UserError.
+
+    So is `all`, which means several for the training alone: each of its processes sees one.
+    """
+    if name in ("auto", "all"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda":

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 LEVELS = 2**16  # of the numbers that are drawn: the probability is rounded to a multiple of 1 / LEVELS
 
@@ -14,15 +15,21 @@ class Dropout(nn.Dropout):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        dropped = round(self.p * LEVELS)
-        if not self.training or dropped in (0, LEVELS) or input.device.type != "cpu":
-            return super().forward(input)
-        draws = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        kept = draws.view(torch.int16)[: input.numel()] >= dropped - LEVELS // 2
-        factors = kept.to(input.dtype).mul_(LEVELS / (LEVELS - dropped))
-        # In the order in which the input lies in memory: torch.empty_like tells it.
-        strides = torch.empty_like(input, device="meta").stride()
-        return input * factors.as_strided(input.shape, strides)
+        is_torchs = not self.training or round(self.p * LEVELS) in (0, LEVELS) or input.device.type != "cpu"
+        return super().forward(input) if is_torchs else drop(input, self.p)
+
+
+def drop(input: Tensor, p: float) -> Tensor:
+    """Return the input with a share `p` of its numbers, not none or all, set to 0 and the others made larger."""
+    if has_torch_function_unary(input):  # a mode of torch's is to see it, as it sees torch's own functions
+        return handle_torch_function(drop, (input,), input, p)
+    dropped = round(p * LEVELS)
+    draws = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    kept = draws.view(torch.int16)[: input.numel()] >= dropped - LEVELS // 2
+    factors = kept.to(input.dtype).mul_(LEVELS / (LEVELS - dropped))
+    # In the order in which the input lies in memory: torch.empty_like tells it.
+    strides = torch.empty_like(input, device="meta").stride()
+    return input * factors.as_strided(input.shape, strides)
 
 
 def replace(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from finetune import (
     backbones,
     cuts,
     device,
+    distributed,
     images,
     inference,
     layers,
@@ -126,6 +127,7 @@ class Experiment:
     ) -> None:
         """Train on the batches, see training.train_epoch."""
         module, inputs_of = self.part(is_training=True)
+        module = distributed.parallel(module)
         training.train_epoch(module, optimizer, schedule, batches, inputs_of, self.objective, sums, bar)
 
     def val_batches(self) -> Iterator[training.Batch]:

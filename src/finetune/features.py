@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune import augment, backbones, cuts, device, inference, runs, training
+from finetune import augment, backbones, cuts, device, distributed, inference, runs, training
 from finetune.bank import Bank
 from finetune.cuts import Cut
 from finetune.images import ImageStore
@@ -50,30 +50,33 @@ class Features:
         """Yield what training.training_batches does, with features instead of pictures."""
         visits = training.visits(self._settings, self._store, epoch)
         parts = visits.steps[first:]
+        own = [distributed.share(part) for part in parts]
+        visited = np.concatenate([np.arange(part.start, part.stop) for part in own]) if own else np.arange(0)
 
         def pictures(lot: slice) -> Tensor:
-            return training.augmented(self._store, self._settings, visits, lot)
+            return training.augmented(self._store, self._settings, visits, visited[lot])
 
-        start = parts[0].start if parts else len(visits.rows)
-        lots = self._lots(cut, self.training_key(cut, visits), visits.rows, pictures, start)
-        for part, inputs, seed in zip(parts, _regrouped(lots, parts), visits.seeds[first:], strict=True):
+        lots = self._lots(cut, self.training_key(cut, visits), len(visits.rows), visits.rows[visited], pictures)
+        for part, inputs, seed in zip(parts, _regrouped(lots, own), visits.seeds[first:], strict=True):
             device.seed(seed)
             yield Batch(inputs, self._store.labels[visits.indices[part]])
 
     def validation_batches(self, cut: Cut) -> Iterator[Batch]:
         """Yield what training.plain_batches does of val, with features instead of pictures."""
         indices, size = self._store.indices("val"), self._settings.data.image_size
+        rows = np.arange(len(indices))[distributed.rows(slice(0, len(indices)))]
 
         def pictures(lot: slice) -> Tensor:
-            return training.cropped(self._store, indices[lot], size)
+            return training.cropped(self._store, indices[rows[lot]], size)
 
         known = self._at_hand.get(cut.digest)
-        lots = known or self._lots(cut, self.validation_key(cut), np.arange(len(indices)), pictures)
+        lots = known or self._lots(cut, self.validation_key(cut), len(indices), rows, pictures)
         seen, position = [], 0
         for lot in lots:
             if not known and lot[0].nbytes * len(indices) <= AT_HAND:
                 seen.append(lot)
-            yield Batch(lot.clone(), self._store.labels[indices[position : position + len(lot)]])  # to work on in place
+            labels = self._store.labels[indices[rows[position : position + len(lot)]]]
+            yield Batch(lot.clone(), labels)  # to work on in place
             position += len(lot)
         if seen:
             self._at_hand = {cut.digest: seen}
@@ -90,16 +93,19 @@ class Features:
         self,
         cut: Cut,
         key: dict[str, Any],
+        count: int,
         rows: np.ndarray,
         pictures: Callable[[slice], Tensor],
-        start: int = 0,
     ) -> Iterator[Tensor]:
-        """Yield features a lot at a time; `pictures` returns those of a part of `rows`, which are rows in the bank."""
+        """Yield features a lot at a time; `pictures` returns those of a part of `rows`, which are some of the `count`
+        rows that an entry of the bank has.
+        """
         trunk = device.in_precision(cut.trunk, self._about["precision"])
         frozen = inference.Inference(trunk, self._inputs_of, self._place)
         # More numbers than a picture has take longer to read than they took to compute.
         most = 3 * self._settings.data.image_size**2
-        entry = self._bank.entry(key, len(rows))
+        entry = self._bank.entry(key, count)
+        is_kept = distributed.size() == 1  # of several processes, none has all rows
 
         def features(lot: slice) -> Tensor:
             found = entry.read(rows[lot])
@@ -107,12 +113,12 @@ class Features:
                 found = frozen(pictures(lot))
                 if found.untyped_storage().nbytes() > found.nbytes:  # a part of a larger tensor would keep that one
                     found = found.clone()
-                if found[0].numel() <= most:
+                if is_kept and found[0].numel() <= most:
                     entry.put(rows[lot], found)
             return found.to(self._place)
 
         try:
-            starts = range(start, len(rows), device.LOT[self._place.type])
+            starts = range(0, len(rows), device.LOT[self._place.type])
             yield from inference.side_by_side(features, (slice(at, at + starts.step) for at in starts), self._place)
         finally:
             entry.close()

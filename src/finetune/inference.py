@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from finetune import device
+from finetune import device, distributed
 from finetune.parallel import parallel_map
 from finetune.training import Batch
 
@@ -43,9 +43,12 @@ def side_by_side(function: Callable[[T], R], items: Iterable[T], place: torch.de
 
 
 def predict(model: nn.Module, batches: Iterable[Batch], inputs_of: Callable[[Tensor], Tensor]) -> np.ndarray:
-    """Return the logits of all pictures, [n, classes] float32, from the model in evaluation mode."""
+    """Return the logits of all pictures, [n, classes] float32, from the model in evaluation mode.
+
+    Where several processes train together, of those of each.
+    """
     model.eval()
     place = next(model.parameters()).device
     inputs = (batch.inputs for batch in batches)
     logits = side_by_side(Inference(model, inputs_of, place), inputs, place)
-    return torch.cat([each.float().cpu() for each in logits]).numpy()
+    return torch.cat(distributed.joined([each.float().cpu() for each in logits])).numpy()

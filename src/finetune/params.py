@@ -15,8 +15,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 
 def _device(name: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise ValueError("should be auto, cpu, cuda or cuda:N")
+    if not re.fullmatch(r"auto|all|cpu|cuda(:\d+)?", name):
+        raise ValueError("should be all, auto, cpu, cuda or cuda:N")
     return name
 
 

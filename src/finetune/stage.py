@@ -31,7 +31,7 @@ def run(main: Callable[[], None]) -> None:
     _handle(signal.SIGINT, signal.default_int_handler)
     for number in END:
         _handle(number, _interrupt)
-    if "DVC_ROOT" in os.environ:
+    if "DVC_ROOT" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:  # started by DVC, or by finetune.distributed
         threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
         main()
@@ -88,7 +88,7 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
 
 
 def _stop_with_parent() -> None:
-    """Stop this process when DVC is gone, or it would go on writing beside the next run."""
+    """Stop this process when what started it is gone, or it would go on writing beside the next run."""
     while os.getppid() == PARENT:
         time.sleep(POLL)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from finetune import augment, device, optim
+from finetune import augment, device, distributed, optim
 from finetune.errors import UserError
 from finetune.images import ImageStore
 from finetune.params import EarlyStopping, Params
@@ -21,7 +21,9 @@ from tqdm import tqdm
 class Batch(NamedTuple):
     """What a network, or the part of it that trains, takes in; and what goes with it."""
 
-    inputs: Tensor  # [n, 3, size, size] uint8 pictures; or [n, …] features of them, as the frozen part returned them
+    # [n, 3, size, size] uint8 pictures; or [n, …] features of them, as the frozen part returned them. Where several
+    # processes train together, this one's share of the n, see finetune.distributed.
+    inputs: Tensor
     labels: np.ndarray  # [n] int64
     mixup: np.ndarray | None = None  # [n], the share of itself that each picture keeps; None: it stays alone
 
@@ -140,7 +142,7 @@ def visits(settings: Params, store: ImageStore, epoch: int) -> Visits:
     )
 
 
-def augmented(store: ImageStore, settings: Params, visits: Visits, part: slice) -> Tensor:
+def augmented(store: ImageStore, settings: Params, visits: Visits, part: slice | np.ndarray) -> Tensor:
     """Return some of the pictures of an epoch, [n, 3, size, size] uint8."""
     own = augment.rows_of(visits.draws, np.arange(len(visits.indices))[part])
     pictures = [store[i] for i in visits.indices[part]]
@@ -155,8 +157,9 @@ def training_batches(store: ImageStore, settings: Params, epoch: int, first: int
     """
     visited = visits(settings, store, epoch)
     for part, seed in list(zip(visited.steps, visited.seeds, strict=True))[first:]:
-        pictures = augmented(store, settings, visited, part)
         mixup = visited.draws["mixup"][part] if "mixup" in visited.draws else None
+        # A picture is mixed with one that may be another process's.
+        pictures = augmented(store, settings, visited, distributed.share(part) if mixup is None else part)
         device.seed(seed)
         yield Batch(pictures, store.labels[visited.indices[part]], mixup)
 
@@ -169,6 +172,7 @@ def plain_batches(
     Or, with `crop`, to the one of that number of the five of `augment.five_crops`; mirrored where `flip` is set.
     """
     indices = store.indices(split)
+    indices = indices[distributed.rows(slice(0, len(indices)))]
     for start in range(0, len(indices), batch_size):
         part = indices[start : start + batch_size]
         pictures = cropped(store, part, image_size, crop)
@@ -276,7 +280,8 @@ def forward(
     if batch.mixup is not None:
         one_hot = functional.one_hot(labels, objective.num_classes).to(inputs.dtype)
         inputs, targets = augment.mixup(inputs, one_hot, batch.mixup)
-    logits = model(inputs)
+        inputs = inputs[distributed.share(slice(0, len(inputs)))]
+    logits = distributed.logits(model, inputs, len(labels))
     return logits, labels, objective.loss(logits, targets)
 
 
