@@ -60,9 +60,15 @@ def main() -> None:
 def run_queue() -> None:
     """Run what is queued, and show what it prints.
 
-    On a busy machine DVC's worker may miss that it is done, as it reads a message that is being written. Then it is
-    told so.
+    On a busy machine DVC's worker may end early, as an answer comes late, or miss that it is done, as it reads a
+    message that is being written. So it is started again, or told.
     """
+    while re.search(r"\bQueued\b", dvc("queue", "status", capture=True)):
+        follow_queue()
+
+
+def follow_queue() -> None:
+    """Start a worker of the queue, and show what it prints until it ends or has nothing left to do."""
     is_idle = False
     with subprocess.Popen(["dvc", "exp", "run", "--run-all"]) as following:
         while True:
