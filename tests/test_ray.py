@@ -124,7 +124,7 @@ def test_a_lost_nodes_trial_goes_on_elsewhere_and_ends_the_same_to_the_bit(tmp_p
     make_pictures(project / "data/flowers", {f"{part}/{name}": 5 for part in ("train", "val") for name in "ab"})
     dvc(project, "add", "data/flowers")
     dvc(project, "push")
-    settings = {"data.source": "data/flowers", "num_epochs": 60}
+    settings = {"data.source": "data/flowers", "num_epochs": 30}
     file = write(project, "rates", GRID | {"search": {"lr": [0.001, 0.02]}, "set": settings})
     save(project)
     (tmp_path / "checkpoints").mkdir()

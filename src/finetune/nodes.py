@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class Nodes:
         self.wanted = {"CPU": cpus, "GPU": gpus}
         self.versions = agent.versions()
         self.refused: dict[str, str] = {}  # ids of nodes that are not used, and why
+        self.has_noted = False
         self.variables = {}
         if os.environ.get("CHECKPOINTS_DIR"):
             self.variables["CHECKPOINTS_DIR"] = str(Path(repository.root, runs.store_folder()))
@@ -66,6 +68,12 @@ class Nodes:
             tqdm.write(f"{name} ({node[:8]}) is not used: {why}")
         if not self.able():
             raise UserError(f"no node of the cluster is left that can run experiments. The last one {why}")
+
+    def note_wait(self, seconds: float) -> None:
+        """Say once that a slot waits for long."""
+        if seconds > PATIENCE and not self.has_noted:
+            self.has_noted = True
+            tqdm.write("waiting for a node with room, or for one that is slow to clone: see `ray status`")
 
     def _check_versions(self) -> None:
         """Raise UserError where there is no node for the experiments, or one has other versions than this machine."""
@@ -111,6 +119,7 @@ class NodeSlot(Slot):
 
         if self.actor:
             ray.kill(self.actor)
+        self._asked = time.monotonic()
         self.place, self.node_name = None, "a node"
         nodes = self.nodes
         options = {"num_cpus": nodes.wanted["CPU"], "num_gpus": nodes.wanted["GPU"]}
@@ -128,6 +137,7 @@ class NodeSlot(Slot):
         import ray
 
         if not self._ready.done():
+            self.nodes.note_wait(time.monotonic() - self._asked)
             return False
         try:
             self.place, self.node_name = self._place.result()

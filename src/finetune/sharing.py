@@ -67,7 +67,7 @@ def fetch(repository: Repository, name: str) -> None:
     Only what git has of them, which is all that the table shows. Raises UserError where there is none of a full name.
     """
     reference = repository.reference(name)
-    git(repository.root, "fetch", "-q", ORIGIN, f"{reference}:{reference}")
+    git(repository.root, "fetch", "-q", "--no-tags", "--no-auto-maintenance", ORIGIN, f"{reference}:{reference}")
 
 
 def pull(repository: Repository, names: list[str]) -> None:

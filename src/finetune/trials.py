@@ -24,6 +24,7 @@ from ruamel.yaml import YAML
 from tqdm import tqdm
 
 POLL = 0.1  # seconds
+TRAINS = "Running stage 'train'"  # what DVC prints when an experiment has its pictures and weights
 TRIES = 3  # on as many machines, of an experiment that fails before it trains
 FAILURES = 3  # that a sweep begins with, after which it ends: it is not the settings then
 METRICS = ("results/train/metrics.json", "results/evaluate/metrics.json")
@@ -57,8 +58,7 @@ class Driver:
         """Make trials until the budget, or the grid, is used up. Raises UserError where the first ones all fail."""
         total = self.sweep.budget.trials
         if self.sweep.method == "grid":
-            points = len(self.study.trials)
-            total = min(total or points, points)
+            total = min(total or math.inf, len(self._trials()))
         done = self._count(finished=True)
         with tqdm(total=total, initial=done, desc=self.name, unit="trial", disable=None) as bar:
             while self._goes_on() or self.attempts:
@@ -118,10 +118,8 @@ class Driver:
     def _begin(self) -> None:
         """Begin as many trials as there are free slots, if there is anything left to do."""
         while (slot := self._free()) and self._goes_on():
-            if self.attempts and not self.is_prepared:
-                return
-            if any(not attempt.running for attempt in self.attempts):  # those go first
-                return
+            if (self.attempts and not self.is_prepared) or any(not each.running for each in self.attempts):
+                return  # those that wait go first
             trial = optuna.Trial(self.study, self.left.pop(0)) if self.left else self.study.ask()
             point = self.sweep.suggested(trial)
             trial.set_user_attr("point", point)
@@ -151,12 +149,15 @@ class Driver:
             return True
         if self.sweep.budget.trials and self._count() >= self.sweep.budget.trials:
             return False
-        return self.sweep.method != "grid" or self._count() < len(self.study.trials)
+        return self.sweep.method != "grid" or self._count() < len(self._trials())
 
     def _count(self, finished: bool = False) -> int:
         """Return how many trials were begun, or are over."""
-        states = [each.state for each in self.study.get_trials(deepcopy=False)]
-        return sum(each.is_finished() or (each == TrialState.RUNNING and not finished) for each in states)
+        states = (each.state for each in self._trials())
+        return sum(state.is_finished() or (state == TrialState.RUNNING and not finished) for state in states)
+
+    def _trials(self) -> list[optuna.trial.FrozenTrial]:
+        return self.study.get_trials(deepcopy=False)  # copies of a thousand take tenths of a second
 
     def _next(self, attempt: Attempt, slot: Slot) -> bool:
         """Begin the next experiment of a trial that has none running; tell whether the trial is over instead."""
@@ -189,7 +190,7 @@ class Driver:
             return self._try_again(attempt)
         status = running.status  # before its last lines
         for line in running.lines():
-            if line.startswith("Running stage 'train'"):
+            if line.startswith(TRAINS):
                 self.is_prepared = True
                 self._blame(attempt)
             epoch = re.match(r"epoch (\d+)/\d+: (.*)", line)
@@ -215,14 +216,12 @@ class Driver:
             self.study.tell(trial, state=TrialState.PRUNED)
             tqdm.write(f"{running.name}: stopped early  {self.command(attempt.point | self.sweep.repeats[0])}")
             return True
-        text = running.log.read_text(errors="replace")
-        said = [line for line in text.splitlines() if line.strip()]
+        said = [line for line in running.log.read_text(errors="replace").splitlines() if line.strip()]
         errors = [line for line in said if line.startswith("error: ")] or said[-1:]
         why = f"{' '.join(errors)}  ({running.log})"
-        if "Running stage 'train'" not in text:
+        if not any(line.startswith(TRAINS) for line in said):
             attempt.failed[running.slot.place] = why
-            places = {each.place for each in self.slots} - {None}
-            if len(attempt.failed) < TRIES and not places <= attempt.failed.keys():
+            if len(attempt.failed) < TRIES and {each.place for each in self.slots} - {None, *attempt.failed}:
                 return False
         self._fail(trial, why)
         return True
@@ -231,10 +230,10 @@ class Driver:
         """Begin a waiting trial's experiment where it may; tell whether the trial is over, for want of such a place."""
         if slot := self._free(attempt):
             return self._next(attempt, slot)
-        if attempt.failed and not any(each.place not in (None, *attempt.failed) for each in self.slots):
+        is_over = bool(attempt.failed) and all(each.place in (None, *attempt.failed) for each in self.slots)
+        if is_over:
             self._fail(attempt.trial, " ".join(attempt.failed.values()))
-            return True
-        return False
+        return is_over
 
     def _blame(self, attempt: Attempt) -> None:
         """Leave the machines on which an experiment failed that trains on another."""
@@ -249,7 +248,7 @@ class Driver:
 
     def _check_failures(self) -> None:
         """Raise UserError where nothing but failures came of the first trials."""
-        over = [each.state for each in self.study.get_trials(deepcopy=False) if each.state.is_finished()]
+        over = [each.state for each in self._trials() if each.state.is_finished()]
         if len(over) >= FAILURES and set(over) == {TrialState.FAIL}:
             self.stop()
             raise UserError(
