@@ -3,12 +3,13 @@
 # make team-demo   a team at work in a temporary folder: clones, a git remote and a DVC remote
 # make timm        timm's models, too (model_name timm:NAME)
 # make s3          DVC remotes on S3, and the server that their test talks to
-# make test        lint, format and all tests, timm's among them
+# make ray         Ray, for sweeps on more than one machine
+# make test        lint, format and all tests, those of the optional packages among them
 # make benchmark   how fast an experiment is, beside the usual loop: three quarters of an hour
 PYTHON ?= python3
 IN_VENV = PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: setup timm s3 demo team-demo test benchmark
+.PHONY: setup timm s3 ray demo team-demo test benchmark
 setup: .venv/installed
 
 .venv/installed: requirements.txt
@@ -20,16 +21,10 @@ setup: .venv/installed
 	@touch $@
 	@echo "done. Now: . .venv/bin/activate && dvc exp run"
 
-timm: .venv/installed-timm
+timm s3 ray: %: .venv/installed-%
 
-.venv/installed-timm: requirements-timm.txt .venv/installed
-	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements-timm.txt
-	@touch $@
-
-s3: .venv/installed-s3
-
-.venv/installed-s3: requirements-s3.txt .venv/installed
-	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements-s3.txt
+.venv/installed-%: requirements-%.txt .venv/installed
+	.venv/bin/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
 demo: setup
@@ -38,7 +33,8 @@ demo: setup
 team-demo: setup
 	$(IN_VENV) python src/team_demo.py
 
-test: setup timm
+test: setup timm s3
+	@$(MAKE) ray || echo "warning: no Ray for this Python, so the tests of a cluster are skipped" >&2
 	$(IN_VENV) ruff check .
 	$(IN_VENV) ruff format --check .
 	OMP_NUM_THREADS=1 $(IN_VENV) python -m pytest -m "" -n 3 --dist worksteal

@@ -2,6 +2,7 @@
 
     python src/sweep.py sweeps/walkthrough.yaml         # one experiment at a time
     python src/sweep.py sweeps/squeezenet.yaml -j 2     # two
+    python src/sweep.py sweeps/squeezenet.yaml --ray 10.0.0.1:6379    # on a Ray cluster, as many as fit
 
 Every trial is an experiment of DVC's, or one for each of the settings that it repeats: `dvc exp show` lists it, and the
 command that is printed with it makes it again. A sweep that was stopped goes on with the same command. What is known of
@@ -16,8 +17,8 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-from finetune import runs, search, stage
-from finetune.clones import Repository
+from finetune import nodes, runs, search, sharing, stage
+from finetune.clones import Clone, Repository
 from finetune.errors import UserError
 from finetune.tables import aligned
 from finetune.trials import Driver
@@ -32,9 +33,12 @@ SHOWN = 10  # trials in the table
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="such as sweeps/walkthrough.yaml")
-    parser.add_argument("-j", "--jobs", type=int, default=1, help="experiments at a time (default 1)")
+    parser.add_argument("-j", "--jobs", type=int, help="experiments at a time (default 1; of a cluster: what fits)")
+    parser.add_argument("--ray", metavar="ADDRESS", help="run them on this Ray cluster, or `local`: see docs/ray.md")
+    parser.add_argument("--cpus", type=float, default=1, help="cores of an experiment on a cluster (default 1)")
+    parser.add_argument("--gpus", type=float, help="GPUs of one, such as 1 or 0.5 (default 1 where nodes have any)")
     arguments = parser.parse_args()
-    if arguments.jobs < 1:
+    if arguments.jobs is not None and arguments.jobs < 1:
         raise UserError(f"-j {arguments.jobs}: give the number of experiments at a time, 1 or more.")
     sweep = search.load(arguments.file)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -43,10 +47,23 @@ def main() -> None:
         raise UserError(
             f"{arguments.file}: experiments begin with the file's name, so it has letters, digits, - and _."
         )
-    with held(runs.scratch() / "sweeps" / name) as folder:
-        driver = Driver(name, sweep, Repository(Path.cwd()), folder, arguments.jobs)
+    repository = Repository(Path.cwd())
+    with contextlib.ExitStack() as stack:
+        if arguments.ray:
+            url = sharing.check(repository)
+            stack.enter_context(nodes.connected(arguments.ray))
+            cluster = nodes.Nodes(repository, url, arguments.cpus, arguments.gpus)
+            sharing.fetch(repository, f"{name}-*")  # what the nodes have pushed since an earlier call was killed
+        folder = stack.enter_context(held(runs.scratch() / "sweeps" / name))
+        if arguments.ray:
+            slots = cluster.slots(arguments.jobs)
+        else:
+            slots = (Clone(repository, folder / f"clone-{number}") for number in range(arguments.jobs or 1))
+        driver = Driver(name, sweep, repository, folder, slots)
         try:
             driver.run()
+            if arguments.ray and (best := driver.best()):
+                sharing.pull(repository, driver.experiments(best.number))  # the others' files on demand
         except KeyboardInterrupt as error:
             driver.stop()
             said = "stopped. What was running is saved; the same command goes on from there."

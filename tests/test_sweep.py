@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from finetune import search
-from finetune.clones import Repository
+from finetune.clones import Clone, Repository
 from finetune.trials import Driver
 from helpers import TINY, as_user, clone, dvc, git
 
@@ -37,10 +37,10 @@ def write(folder: Path, name: str, content: dict) -> str:
     return f"sweeps/{name}.yaml"
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen:
+def start(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen:
     command = [sys.executable, "src/sweep.py", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=as_user(folder), **pipes)
+    return subprocess.Popen(command, cwd=folder, env=as_user(folder) | variables, **pipes)
 
 
 def sweep(folder: Path, *arguments: str, status: int = 0) -> str:
@@ -169,7 +169,9 @@ def test_a_bad_trial_is_stopped_and_its_command_would_go_on(project, monkeypatch
     content = GRID | {"pruner": "median", "search": {"lr": [0.001, 0.01]}, "set": {"num_epochs": 12}}
     folder = project / ".dvc/tmp/sweeps/mine"
     folder.mkdir(parents=True)
-    driver = Driver("mine", search.load(write(project, "mine", content)), Repository(project), folder, jobs=1)
+    repository = Repository(project)
+    slots = [Clone(repository, folder / "clone-0")]
+    driver = Driver("mine", search.load(write(project, "mine", content)), repository, folder, slots)
     driver.run()
     assert [each.state for each in driver.study.trials] == [TrialState.COMPLETE, TrialState.PRUNED]
     epochs = driver.study.trials[0].intermediate_values

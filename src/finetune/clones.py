@@ -19,6 +19,7 @@ from pathlib import Path
 from finetune import runs
 from finetune.errors import UserError
 from finetune.files import resolve_user_path
+from finetune.slots import Job, Slot
 
 PATHS = ("DATA_ARCHIVE", "WEIGHTS_DIR")  # variables that may name files by where the user typed the command
 PATIENCE = 60  # seconds that a stopped experiment has to save what it has
@@ -38,6 +39,13 @@ def dvc(folder: Path, *arguments: str) -> str:
     if result.returncode:
         raise UserError(f"`dvc {shlex.join(arguments)}` failed: {result.stderr.strip().removeprefix('ERROR: ')}")
     return result.stdout
+
+
+def identity(folder: Path) -> dict[str, str]:
+    """Return who commits in a repository, as far as git's configuration says so."""
+    keys = ("user.name", "user.email")
+    said = [subprocess.run(["git", "config", key], cwd=folder, capture_output=True, text=True).stdout for key in keys]
+    return {key: value.strip() for key, value in zip(keys, said, strict=True) if value}
 
 
 class Repository:
@@ -66,19 +74,23 @@ class Repository:
         return f"refs/exps/{self.commit[:2]}/{self.commit[2:]}/{name}"
 
 
-class Clone:
-    """A clone of the repository in a folder of its own, which is made anew."""
+class Clone(Slot):
+    """A clone of the repository in a folder of its own, which is made anew.
 
-    def __init__(self, repository: Repository, folder: Path):
-        self.repository, self.folder = repository, folder
+    Its experiments run with `options` of `dvc exp run`.
+    """
+
+    place = "this machine"
+    is_ready = True
+
+    def __init__(self, repository: Repository, folder: Path, options: Sequence[str] = ()):
+        self.repository, self.folder, self.options = repository, folder, options
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         git(folder.parent, "clone", "-q", "--shared", "--no-checkout", str(repository.root), folder.name)
         git(folder, "checkout", "-q", "--detach", repository.commit)
-        for key in ("user.name", "user.email"):
-            value = subprocess.run(["git", "config", key], cwd=repository.root, capture_output=True, text=True).stdout
-            if value:
-                git(folder, "config", key, value.strip())
+        for key, value in identity(repository.root).items():
+            git(folder, "config", key, value)
         config = ConfigParser(interpolation=None)
         config.read(repository.root / ".dvc/config.local")
         if not config.has_section("cache"):
@@ -99,6 +111,13 @@ class Clone:
         reference = self.repository.reference(name)
         git(self.folder, "push", "-q", str(self.repository.root), f"{reference}:{reference}")
 
+    def close(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def leave(self, why: str) -> None:
+        raise NotImplementedError("there is no other machine than this")
+
     def _restore(self) -> None:
         """Have the tracked files as they are in the repository."""
         git(self.folder, "reset", "-q", "--hard")
@@ -106,11 +125,11 @@ class Clone:
             git(self.folder, "apply", "--whitespace=nowarn", "-", stdin=self.repository.changes)
 
 
-class Running:
+class Running(Job):
     """An experiment that a clone runs."""
 
     def __init__(self, clone: Clone, name: str, overrides: Sequence[str], log: Path):
-        self.clone, self.name, self.log = clone, name, log
+        self.slot, self.name, self.log = clone, name, log
         root = clone.repository.root
         runs.store_folder().mkdir(parents=True, exist_ok=True)
         paths = {key: resolve_user_path(os.environ[key], key) for key in PATHS if os.environ.get(key)}
@@ -118,7 +137,7 @@ class Running:
         environ = os.environ | {key: str(root / path) for key, path in paths.items()}
         environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         options = [part for each in overrides for part in ("-S", each)]
-        command = [sys.executable, "-m", "dvc", "exp", "run", "--name", name, *options]
+        command = [sys.executable, "-m", "dvc", "exp", "run", *clone.options, "--name", name, *options]
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "wb") as file:
             self._process = subprocess.Popen(
