@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import summarize
-from helpers import as_user, clone, dvc, start_queue, wait_for_queue
+from helpers import as_user, clone, dvc
 from summarize import Experiment
 
 import pytest
@@ -181,9 +181,8 @@ def test_the_summary_of_three_folds_is_that_of_the_three_experiments(tmp_path):
         return result
 
     assert summary(status=1).stderr.startswith("error: there is no finished experiment.")
-    dvc(project, "exp", "run", "--queue", "-S", "data.fold=range(3)")
-    start_queue(project)
-    wait_for_queue(project)
+    for fold in range(3):
+        dvc(project, "exp", "run", "-S", f"data.fold={fold}")
     dvc(project, "exp", "run", "--queue", "-S", "lr=0.1")
     (_, commit) = json.loads(dvc(project, "exp", "show", "--json"))
     metrics = [entry["revs"][0]["data"]["metrics"] for entry in commit["experiments"]]

@@ -3,9 +3,11 @@
 import json
 import shutil
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 from finetune import datasets
@@ -178,7 +180,14 @@ def s3() -> str:
     server = pytest.importorskip("moto.server", reason=reason).ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    urlopen(Request(f"http://{host}:{port}/team", method="PUT")).close()
+    end = time.monotonic() + 60
+    while True:  # it listens a moment after it says so
+        try:
+            urlopen(Request(f"http://{host}:{port}/team", method="PUT")).close()
+            break
+        except URLError:
+            assert time.monotonic() < end
+            time.sleep(0.2)
     yield f"http://{host}:{port}"
     server.stop()
 
