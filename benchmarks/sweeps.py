@@ -65,7 +65,7 @@ def trials(project: "Project") -> None:
     for script in ("train", "evaluate"):  # the former without what it computes: the run is in the store
         stages += project.seconds(sys.executable, f"src/{script}.py")
     rates = [1e-4 + 1e-6 * index for index in range(2 * TRIALS)]
-    alone = project.seconds("dvc", "exp", "run", "-S", "lr=0.5")
+    alone = project.seconds("dvc", "exp", "run", "-S", "lr=0.00005")
     start = time.perf_counter()
     project.run("dvc", "exp", "run", "--queue", "-S", f"lr={','.join(map(repr, rates[:TRIALS]))}")
     project.run_queue(1)
