@@ -89,9 +89,6 @@ class Pretending(Slot):
     def close(self) -> None:
         pass
 
-    def leave(self, why: str) -> None:
-        pass
-
 
 class Finished(Job):
     """An experiment that is done at once."""

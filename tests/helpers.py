@@ -9,15 +9,21 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from finetune import checkpoint, stage
+from finetune import backbones, checkpoint, stage
 from finetune.digests import digest
 
 import numpy as np
 import pytest
+import torch
+import torchvision
 from PIL import Image
 from ruamel.yaml import YAML
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).parent.parent
 RECIPE = "drawn: [ants, bees]\ntrain: 6\nval: 4\nsize: 40\nseed: 0\n"
@@ -116,6 +122,50 @@ def run_forked(folder: Path, script: str = "train", *arguments: str, status: int
     return printed
 
 
+# Folders in which a stage can run -------------------------------------------------------------------------------------
+
+
+def write_weights(folder: Path, model: str, seed: int) -> None:
+    """Write folder/weights/mine.pth, random weights of a network of torchvision's with five classes."""
+    torch.manual_seed(seed)
+    (folder / "weights").mkdir(exist_ok=True)
+    network = torchvision.models.get_model(backbones.canonical_name(model), num_classes=5)
+    torch.save(network.state_dict(), folder / "weights/mine.pth")
+
+
+def preparing(make_folder: Callable[[], Path], pictures: dict[str, int], defaults: dict) -> Callable[..., Path]:
+    """Return a function that returns a folder after the stages prepare and backbone, for the settings given.
+
+    There is one for each network and its weights.
+    """
+    folders = {}
+
+    def prepare(**settings) -> Path:
+        settings = defaults | settings
+        key = settings["model_name"], settings["backbone__weights"]
+        if key not in folders:
+            folder = folders[key] = make_folder()
+            make_pictures(folder / "pictures", pictures, size=36)
+            write_weights(folder, settings["model_name"], seed=0)
+            write_params(folder, **settings)
+            run_forked(folder, "prepare")
+            run_forked(folder, "backbone")
+        return folders[key]
+
+    return prepare
+
+
+def copying(prepare: Callable[..., Path], parent: Path, defaults: dict) -> Callable[..., Path]:
+    """Return a function that returns a new folder each time, before the stage train, for the settings given."""
+
+    def copy(**settings) -> Path:
+        folder = shutil.copytree(prepare(**settings), parent / str(len(list(parent.iterdir()))))
+        write_params(folder, **defaults | settings)
+        return folder
+
+    return copy
+
+
 # A repository, and a user in it ---------------------------------------------------------------------------------------
 
 
@@ -150,6 +200,15 @@ def dvc(folder: Path, *arguments: str, status: int = 0, **variables: str) -> str
     result = subprocess.run(["dvc", *arguments], cwd=folder, env=as_user(folder) | variables, timeout=300, **outputs)
     assert result.returncode == status, result.stdout
     return result.stdout
+
+
+def wait_for(found: Callable[[], T], seconds: float = 60) -> T:
+    """Return what is found, once it is something."""
+    end = time.monotonic() + seconds
+    while not (result := found()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return result
 
 
 def start_queue(folder: Path, jobs: int = 1) -> None:

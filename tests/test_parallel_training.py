@@ -9,7 +9,7 @@ from pathlib import Path
 
 import helpers
 from finetune import backbones, checkpoint, device, distributed, dropout
-from helpers import Forked, make_pictures, run_forked, write_params
+from helpers import Forked, copying, preparing, run_forked, write_params
 
 import psutil
 import pytest
@@ -37,36 +37,12 @@ LAUNCHED = {"CPU_PROCESSES": "2"}
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """Return a function that returns a folder after the stages prepare and backbone, of the model given."""
-    folders = {}
-
-    def prepare(model: str) -> Path:
-        if model not in folders:
-            folder = folders[model] = tmp_path_factory.mktemp("prepared")
-            make_pictures(folder / "pictures", PICTURES, size=36)
-            torch.manual_seed(0)
-            (folder / "weights").mkdir()
-            name = backbones.canonical_name(model)
-            torch.save(torchvision.models.get_model(name, num_classes=5).state_dict(), folder / "weights/mine.pth")
-            write_params(folder, **TINY | {"model_name": model})
-            run_forked(folder, "prepare")
-            run_forked(folder, "backbone")
-        return folders[model]
-
-    return prepare
+    return preparing(lambda: tmp_path_factory.mktemp("prepared"), PICTURES, TINY)
 
 
 @pytest.fixture
 def folders(prepared, tmp_path):
-    """Return a function that returns a new folder each time, before the stage train, for the settings given."""
-
-    def copy(**settings) -> Path:
-        settings = TINY | settings
-        folder = shutil.copytree(prepared(settings["model_name"]), tmp_path / str(len(list(tmp_path.iterdir()))))
-        write_params(folder, **settings)
-        return folder
-
-    return copy
+    return copying(prepared, tmp_path, TINY)
 
 
 def train_together(folders: list[Path]) -> None:
@@ -223,7 +199,7 @@ LONG = {"device": "all", "num_epochs": 30, "checkpoint_minutes": 0.0, "backbone_
 @pytest.fixture(scope="module")
 def undisturbed(prepared, tmp_path_factory):
     """A folder in which the long run was trained on one device."""
-    folder = shutil.copytree(prepared("squeezenet"), tmp_path_factory.mktemp("undisturbed") / "folder")
+    folder = shutil.copytree(prepared(), tmp_path_factory.mktemp("undisturbed") / "folder")
     write_params(folder, **TINY | LONG | {"device": "cpu"})
     run_forked(folder)
     return folder

@@ -4,7 +4,7 @@ import re
 import time
 from pathlib import Path
 
-from helpers import TINY, clone, dvc, start_queue, wait_for_queue
+from helpers import TINY, clone, dvc, start_queue, wait_for, wait_for_queue
 
 import pytest
 from test_pipeline import experiments
@@ -51,12 +51,3 @@ def test_what_waits_runs_fails_and_is_stopped(tmp_path):
     time.sleep(2)
     assert len(names(project, "Queued")) == 1
     assert "0 active, 0 idle" in dvc(project, "queue", "status")
-
-
-def wait_for(found):
-    """Return what is found, once it is something."""
-    end = time.monotonic() + 60
-    while not (result := found()):
-        assert time.monotonic() < end
-        time.sleep(0.3)
-    return result

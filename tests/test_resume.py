@@ -13,12 +13,21 @@ from typing import Literal, get_args, get_origin
 
 import helpers
 from finetune import checkpoint, params, runs
-from helpers import ROOT, Forked, differences, make_pictures, results, run_forked, write_params
+from helpers import (
+    ROOT,
+    Forked,
+    copying,
+    differences,
+    preparing,
+    results,
+    run_forked,
+    write_params,
+    write_weights,
+)
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 
 SEED = 0  # of the moments at which processes are killed
 KILLS = 6  # at least, of each configuration
@@ -59,41 +68,12 @@ def evaluated(folder: Path) -> dict[str, str | bytes]:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """Return a function that returns a folder after the stages prepare and backbone, for the settings given."""
-    pictures = tmp_path_factory.mktemp("pictures")
-    make_pictures(pictures, NOISE, size=36)
-    folders = {}
-
-    def prepare(**settings) -> Path:
-        key = tuple(settings.get(name, TINY[name]) for name in ("model_name", "backbone__weights"))
-        if key not in folders:
-            folder = folders[key] = tmp_path_factory.mktemp("prepared")
-            shutil.copytree(pictures, folder / "pictures")
-            write_weights(folder, seed=0)
-            write_params(folder, **TINY | settings)
-            run_forked(folder, "prepare")
-            run_forked(folder, "backbone")
-        return folders[key]
-
-    return prepare
+    return preparing(lambda: tmp_path_factory.mktemp("prepared"), NOISE, TINY)
 
 
 @pytest.fixture
 def folders(prepared, tmp_path):
-    """Return a function that returns a new folder each time, before the stage train, for the settings given."""
-
-    def copy(**settings) -> Path:
-        folder = shutil.copytree(prepared(**settings), tmp_path / str(len(list(tmp_path.iterdir()))))
-        write_params(folder, **TINY | settings)
-        return folder
-
-    return copy
-
-
-def write_weights(folder: Path, seed: int) -> None:
-    torch.manual_seed(seed)
-    (folder / "weights").mkdir(exist_ok=True)
-    torch.save(torchvision.models.squeezenet1_1(num_classes=5).state_dict(), folder / "weights/mine.pth")
+    return copying(prepared, tmp_path, TINY)
 
 
 # Killed at any moment -------------------------------------------------------------------------------------------------
@@ -330,7 +310,7 @@ def test_other_pictures_weights_or_settings_make_another_run(folders):
     run_forked(folder, "prepare")
     assert epochs(run_forked(folder)) == [1]
 
-    write_weights(folder, seed=1)
+    write_weights(folder, "squeezenet", seed=1)
     run_forked(folder, "backbone")
     assert epochs(run_forked(folder)) == [1]
     assert len(runs.stored_runs(folder / ".dvc/tmp/checkpoints")) == 4

@@ -5,13 +5,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from finetune import search
 from finetune.clones import Clone, Repository
 from finetune.trials import Driver
-from helpers import TINY, as_user, clone, dvc, git
+from helpers import TINY, as_user, clone, dvc, git, wait_for
 
 import optuna
 import pytest
@@ -106,7 +105,7 @@ def test_a_killed_sweep_goes_on_with_what_it_had(project):
         if line.startswith("mine-000: val_acc"):
             break
     log = project / ".dvc/tmp/sweeps/mine/mine-001.log"
-    wait_until(lambda: log.exists() and "epoch 3/12" in log.read_text())
+    wait_for(lambda: log.exists() and "epoch 3/12" in log.read_text())
     process.kill()
     process.communicate()
     first = git(project, "for-each-ref", "refs/exps", "--format=%(objectname) %(refname)")
@@ -131,7 +130,7 @@ def test_stopped_by_the_user_it_saves_what_is_running(project):
     file = write(project, "mine", GRID | {"search": {"lr": [0.001, 0.01]}, "set": {"num_epochs": 3000}})
     process = start(project, file, "-j", "2")
     logs = [project / f".dvc/tmp/sweeps/mine/mine-00{number}.log" for number in range(2)]
-    wait_until(lambda: all(log.exists() and "epoch 2/3000" in log.read_text() for log in logs))
+    wait_for(lambda: all(log.exists() and "epoch 2/3000" in log.read_text() for log in logs))
     assert "another process runs this sweep" in sweep(project, file, status=1)
     process.send_signal(signal.SIGTERM)
     said = process.communicate()[0]
@@ -204,10 +203,3 @@ def test_what_is_wrong_is_told_before_anything_runs(project):
         assert wanted in said
         assert len(said.splitlines()) == 1
     assert not (project / ".dvc/tmp/sweeps").exists()
-
-
-def wait_until(reached, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < end
-        time.sleep(0.05)

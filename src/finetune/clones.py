@@ -115,9 +115,6 @@ class Clone(Slot):
         """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def leave(self, why: str) -> None:
-        raise NotImplementedError("there is no other machine than this")
-
     def _restore(self) -> None:
         """Have the tracked files as they are in the repository."""
         git(self.folder, "reset", "-q", "--hard")

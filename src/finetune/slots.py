@@ -49,6 +49,5 @@ class Slot(ABC):
     def close(self) -> None:
         """Remove what was made for it."""
 
-    @abstractmethod
-    def leave(self, why: str) -> None:
-        """Go to another machine, and have no other slot use this one, on which failed what trains elsewhere."""
+    def leave(self, why: str) -> None:  # noqa: B027
+        """Have no slot use this one's machine any more, on which failed what trains elsewhere; where there is one."""
