@@ -1,0 +1,209 @@
+"""Experiments as git and DVC's cache have them, read without DVC: hundreds of them in a second.
+
+What `dvc exp run` made is a commit under refs/exps/, with params.yaml, dvc.lock and the metrics in it. Its other files
+are in DVC's cache, under the digest that dvc.lock says.
+"""
+
+import json
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from finetune.clones import git
+from finetune.errors import UserError, nearest
+
+from ruamel.yaml import YAML, YAMLError
+
+WORKSPACE = "workspace"
+PARAMS, LOCK = "params.yaml", "dvc.lock"
+METRICS = ("results/train/metrics.json", "results/evaluate/metrics.json")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment, a commit, or the workspace, with what it was made from and what came of it."""
+
+    name: str
+    revision: str  # of git, in full; "" of the workspace
+    baseline: str  # the commit on which it was run; "" of the workspace
+    created: str  # ISO 8601, with the zone; "" of the workspace
+    settings: dict[str, Any]  # {"data.fold": 0}
+    metrics: dict[str, Any]  # {"val_acc": 0.9, "eval.acc": 0.9, "continues": "…"}; {} where it has none
+    stages: dict[str, dict[str, dict[str, str]]]  # {"train": {"deps": {path: digest}, "outs": {path: digest}}}
+
+    @property
+    def outs(self) -> dict[str, str]:
+        """The digests of all that its stages wrote."""
+        return {path: digest for stage in self.stages.values() for path, digest in stage["outs"].items()}
+
+
+class Experiments:
+    """The experiments of the repository whose top folder this is."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self._parser = YAML(typ="safe")
+
+    def all(self) -> list[Experiment]:
+        """Return the finished experiments of all commits, the oldest first."""
+        return self._read(list(self._references().items()))
+
+    def find(self, name: str) -> Experiment:
+        """Return the experiment, branch, tag or commit of that name, or `workspace`; of experiments with the same name
+        that of HEAD, else the newest. Raises UserError where there is none."""
+        if name == WORKSPACE:
+            return self._workspace()
+        found = {ref: about for ref, about in self._references().items() if ref.rpartition("/")[2] == name}
+        if found:
+            head = git(self.root, "rev-parse", "HEAD").strip()
+            on_head = [ref for ref in found if ref == f"refs/exps/{head[:2]}/{head[2:]}/{name}"]
+            chosen = on_head[0] if on_head else list(found)[-1]
+            return self._read([(chosen, found[chosen])])[0]
+        try:
+            shown = git(self.root, "log", "-1", "--format=%H %cI", f"{name}^{{commit}}", "--").split()
+        except UserError:
+            names = [ref.rpartition("/")[2] for ref in self._references()]
+            known = "" if names else " There is no experiment yet: `dvc exp run` makes one."
+            raise UserError(
+                f"{name!r} is neither an experiment nor a revision of this repository.{nearest(name, names) or known}"
+            ) from None
+        return self._read([(f"{shown[0]}/{name}", (shown[0], shown[1]))])[0]
+
+    def file(self, experiment: Experiment, path: str) -> Path:
+        """Return where a file is that a stage of the experiment wrote, or one in a folder that it wrote.
+
+        Raises UserError where DVC's cache does not have it, or the experiment never wrote it.
+        """
+        if not experiment.revision:
+            if not (self.root / path).exists():
+                raise UserError(f"the workspace has no {path}: `dvc repro` makes it.")
+            return self.root / path
+        digest = self._digest(experiment, path)
+        place = self._in_cache(digest)
+        if not place.exists():
+            raise self._missing(experiment, path)
+        return place
+
+    def files(self, experiment: Experiment, folder: str) -> dict[str, Path]:
+        """Return where each file is of a folder that a stage of the experiment wrote, by its path in that folder.
+
+        Raises UserError as `file` does.
+        """
+        place = self.file(experiment, folder)
+        if not experiment.revision:
+            return {each.relative_to(place).as_posix(): each for each in sorted(place.rglob("*")) if each.is_file()}
+        found = {each["relpath"]: self._in_cache(each["md5"]) for each in json.loads(place.read_bytes())}
+        if lost := [name for name, each in found.items() if not each.exists()]:
+            raise self._missing(experiment, f"{folder}/{lost[0]}")
+        return found
+
+    @cached_property
+    def cache(self) -> Path:
+        """DVC's cache, as its configuration says."""
+        from dvc.config import Config
+
+        folder = Config(str(self.root / ".dvc")).get("cache", {}).get("dir", "cache")
+        return Path(self.root / ".dvc", folder)
+
+    def _in_cache(self, digest: str) -> Path:
+        return self.cache / "files/md5" / digest[:2] / digest[2:]
+
+    def _digest(self, experiment: Experiment, path: str) -> str:
+        """Return the digest of a file, or of one in a folder, that a stage wrote."""
+        for out, digest in experiment.outs.items():
+            if path == out:
+                return digest
+            if path.startswith(f"{out}/") and digest.endswith(".dir"):
+                listing = self._in_cache(digest)
+                if not listing.exists():
+                    raise self._missing(experiment, out)
+                inside = {f"{out}/{each['relpath']}": each["md5"] for each in json.loads(listing.read_bytes())}
+                if path in inside:
+                    return inside[path]
+        raise UserError(f"{experiment.name} has no {path}: its stages did not write it.")
+
+    def _missing(self, experiment: Experiment, path: str) -> UserError:
+        return UserError(
+            f"{path} of {experiment.name} is not in DVC's cache.\n"
+            f"`dvc exp pull origin {experiment.name}` fetches it, or for a branch `dvc fetch --all-branches`."
+        )
+
+    def _references(self) -> dict[str, tuple[str, str]]:
+        """Return by its reference each experiment's commit and date, the oldest first."""
+        listed = git(
+            self.root,
+            "for-each-ref",
+            "--sort=creatordate",
+            "--format=%(refname) %(objectname) %(creatordate:iso-strict)",
+            "refs/exps/",
+        )
+        found = {line.split()[0]: tuple(line.split()[1:]) for line in listed.splitlines()}
+        return {ref: about for ref, about in found.items() if len(ref.split("/")) == 5}  # others are DVC's own
+
+    def _read(self, references: Sequence[tuple[str, tuple[str, str]]]) -> list[Experiment]:
+        paths = (PARAMS, LOCK, *METRICS)
+        texts = self._texts([f"{revision}:{path}" for _, (revision, _) in references for path in paths])
+        return [
+            self._experiment(
+                ref.rpartition("/")[2], revision, "".join(ref.split("/")[2:4]), created, [next(texts) for _ in paths]
+            )
+            for ref, (revision, created) in references
+        ]
+
+    def _workspace(self) -> Experiment:
+        places = [self.root / path for path in (PARAMS, LOCK, *METRICS)]
+        texts = [place.read_text(encoding="utf-8") if place.exists() else None for place in places]
+        return self._experiment(WORKSPACE, "", "", "", texts)
+
+    def _experiment(self, name: str, revision: str, baseline: str, created: str, texts: Sequence[str | None]):
+        settings, lock = (self._yaml(text, name) for text in texts[:2])
+        metrics = [json.loads(text) if text else {} for text in texts[2:]]
+        stages = {
+            stage: {
+                kind: {each["path"]: each.get("md5", "") for each in about.get(kind, [])} for kind in ("deps", "outs")
+            }
+            for stage, about in lock.get("stages", {}).items()
+        }
+        return Experiment(
+            name,
+            revision,
+            baseline,
+            created,
+            flat(settings),
+            {k: v for each in metrics for k, v in flat(each).items()},
+            stages,
+        )
+
+    def _yaml(self, text: str | None, name: str) -> dict:
+        try:
+            return self._parser.load(text or "") or {}
+        except YAMLError as error:
+            raise UserError(f"{name}: {PARAMS} or {LOCK} of it is not YAML ({str(error).splitlines()[0]}).") from None
+
+    def _texts(self, names: Sequence[str]) -> Iterator[str | None]:
+        """Yield the text of each file, named as `revision:path`, or None where there is none."""
+        command = ["git", "cat-file", "--batch"]
+        asked = "".join(f"{name}\n" for name in names).encode()
+        answer = subprocess.run(command, cwd=self.root, input=asked, capture_output=True, check=True).stdout
+        start = 0
+        for _ in names:
+            end = answer.index(b"\n", start)
+            header = answer[start:end].split()
+            if header[-1] in (b"missing", b"ambiguous"):
+                start = end + 1
+                yield None
+            else:
+                size = int(header[-1])
+                yield answer[end + 1 : end + 1 + size].decode()
+                start = end + 1 + size + 1
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested dictionaries under dotted keys."""
+    found = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
