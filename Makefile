@@ -4,7 +4,7 @@
 # make timm        timm's models, too (model_name timm:NAME)
 # make s3          DVC remotes on S3, and the server that their test talks to
 # make ray         Ray, for sweeps on more than one machine
-# make test        lint, format and all tests, those of the optional packages among them
+# make test        lint, format, types and all tests, those of the optional packages among them
 # make benchmark   how fast an experiment is, beside the usual loop: three quarters of an hour
 PYTHON ?= python3
 IN_VENV = PATH="$(CURDIR)/.venv/bin:$$PATH"
@@ -37,6 +37,7 @@ test: setup timm s3
 	@$(MAKE) ray || echo "warning: no Ray for this Python, so the tests of a cluster are skipped" >&2
 	$(IN_VENV) ruff check .
 	$(IN_VENV) ruff format --check .
+	$(IN_VENV) mypy
 	OMP_NUM_THREADS=1 $(IN_VENV) python -m pytest -m "" -n 3 --dist worksteal
 
 benchmark: setup

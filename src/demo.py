@@ -9,11 +9,11 @@ import re
 import subprocess
 import sys
 
-MODELS = {
+MODELS: dict[str, dict[str, object]] = {
     "alexnet": {"lr": 0.002, "batch_size": 16, "head.kind": "concat_pool", "head.hidden": 64},  # or 54 M weights train
     "squeezenet": {"lr": 0.002, "batch_size": 16},
 }
-SETTINGS = {  # small enough for a minute without a GPU, from random weights
+SETTINGS: dict[str, object] = {  # small enough for a minute without a GPU, from random weights
     "data.source": "data/sample.yaml",
     "data.resize": 72,
     "data.image_size": 64,
@@ -86,11 +86,11 @@ def follow_queue() -> None:
 
 def enqueue(model: str) -> str:
     """Queue an experiment; return the name that DVC gave it."""
-    settings = {"model_name": model} | SETTINGS | MODELS[model]
+    settings: dict[str, object] = {"model_name": model, **SETTINGS, **MODELS[model]}
     overrides = [f"-S{key}={value}" for key, value in settings.items()]
     said = dvc("exp", "run", "--queue", *overrides, capture=True)
     print(said, end="", flush=True)
-    return re.search(r"Queued experiment '([^']+)'", said)[1]
+    return re.findall(r"Queued experiment '([^']+)'", said)[0]
 
 
 def val_accuracies() -> dict[str, float]:

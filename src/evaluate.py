@@ -31,7 +31,7 @@ def main() -> None:
     model = backbones.build(about["model_name"], len(about["classes"]), size, params.Head(**about["head"]))
     backbones.load_tensors(model, tensors, strict=True)
     model = device.in_precision(
-        model.to(place, memory_format=torch.channels_last), device.precision(settings.precision, place)
+        model.to(place).to(memory_format=torch.channels_last), device.precision(settings.precision, place)
     )
     inputs_of = functools.partial(augment.normalize, mean=about["mean"], std=about["std"])
 

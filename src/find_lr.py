@@ -16,7 +16,7 @@ import itertools
 import json
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from finetune import experiment, layers, lr_range, params, stage, training
@@ -62,7 +62,7 @@ def main() -> None:
     print(command(arguments.changes, suggested(settings, found.steepest, chosen[0], others)))
 
 
-def batches_from(this: experiment.Experiment, epoch: int) -> Iterator[training.Batch]:
+def batches_from(this: experiment.Experiment, epoch: int) -> Generator[training.Batch]:
     """Yield the batches of that epoch, and of all that follow."""
     for number in itertools.count(epoch):
         yield from this.training_batches(number)

@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from finetune import datasets, decoding, images, params, sources, stage
 from finetune.errors import UserError
@@ -32,7 +33,7 @@ def main() -> None:
     with images.scratch_beside(OUTPUT) as scratch:
         dataset = sources.load(settings.data.source, os.environ.get("DATA_ARCHIVE"), cache, scratch / "source")
         datasets.check_num_classes(settings.num_classes, dataset.classes, settings.data.source)
-        split = {
+        split: dict[str, Any] = {
             "val_fraction": settings.data.val_fraction,
             "folds": settings.data.folds,
             "fold": settings.data.fold,
@@ -49,7 +50,7 @@ def main() -> None:
         check_skipped(dataset, shards, settings.data.max_skipped)
         datasets.check_counts(datasets.count((each.picture for each in shards.stored), dataset), settings.data.source)
 
-        made_with = {"source": settings.data.source, "resize": settings.data.resize} | split
+        made_with: dict[str, Any] = {"source": settings.data.source, "resize": settings.data.resize} | split
         manifest = images.write_manifest(scratch / "store", dataset, shards, **made_with)
         images.replace(scratch / "store", OUTPUT)
     report(manifest, time.perf_counter() - start)

@@ -8,7 +8,7 @@ The random draws are those of training with these settings, and so is what mixup
 nothing but the sheet.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 MOST_CLASSES = 8
 ROWS = 4  # of all classes together, where --pictures does not say how many
 TILE = 144  # px; larger pictures are shown smaller, and small ones at a multiple of their size
@@ -71,7 +72,7 @@ def main() -> None:
     mean, std = normalization(settings, store)
 
     positions = chosen(store, args.pictures)
-    columns = [plain_views(store, settings, positions, mean, std)]
+    columns: list[Iterable[View | None]] = [plain_views(store, settings, positions, mean, std)]
     columns += [epoch_views(store, settings, epoch, positions, mean, std) for epoch in range(args.epochs)]
     rows = list(zip(*columns, strict=True))
     labels = [store.classes[store.labels[i]] for i in store.indices("train")[positions]]
@@ -169,20 +170,20 @@ def picture_strip(
     label: str, file: str, views: Sequence[View | None], mean: Sequence[float], std: Sequence[float]
 ) -> Strip:
     """Return the row of a picture, as one sees it: without the normalisation."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
-    tiles = [view and tile(view.pixels * std + mean, TILE) for view in views]
+    shift, scale = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    tiles = [tile(view.pixels * scale + shift, TILE) if view else None for view in views]
     return Strip(label, file, tiles, [view.note if view else "not drawn" for view in views])
 
 
 def values_strip(views: Sequence[View | None], mean: Sequence[float], std: Sequence[float]) -> Strip:
     """Return the row of a picture's normalised values, smaller, with their range in numbers."""
-    mean, std = (", ".join(f"{value:.3f}" for value in values) for values in (mean, std))
-    tiles = [view and tile((view.pixels + SPAN) / (2 * SPAN), TILE // 2) for view in views]
+    minus, divided = (", ".join(f"{value:.3f}" for value in values) for values in (mean, std))
+    tiles = [tile((view.pixels + SPAN) / (2 * SPAN), TILE // 2) if view else None for view in views]
     ranges = [
         f"{view.pixels.min():.2f} to {view.pixels.max():.2f}, mean {view.pixels.mean():.2f}" if view else ""
         for view in views
     ]
-    detail = f"the first one's, minus {mean}, divided by {std}; black is {-SPAN}, white {SPAN}"
+    detail = f"the first one's, minus {minus}, divided by {divided}; black is {-SPAN}, white {SPAN}"
     return Strip("input values", detail, tiles, ranges)
 
 
@@ -208,7 +209,7 @@ def sheet(about: Sequence[str], headings: Sequence[str], strips: Sequence[Strip]
     draw = ImageDraw.Draw(picture)
     lefts = range(MARGIN, width - MARGIN, step)
 
-    def write(left: int, top: int, words: str, font: ImageFont.FreeTypeFont, color: tuple, room: int) -> None:
+    def write(left: int, top: int, words: str, font: Font, color: tuple, room: int) -> None:
         draw.text((left, top), shortened(words, font, room), color, font)
 
     draw.text((MARGIN, MARGIN), "What the network sees in training", INK, title)
@@ -227,7 +228,7 @@ def sheet(about: Sequence[str], headings: Sequence[str], strips: Sequence[Strip]
     return picture
 
 
-def shortened(words: str, font: ImageFont.FreeTypeFont, room: int) -> str:
+def shortened(words: str, font: Font, room: int) -> str:
     """Return the words, or as many characters as there is room for, in px, and an ellipsis."""
     if font.getlength(words) <= room:
         return words

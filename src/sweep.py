@@ -14,12 +14,13 @@ import contextlib
 import re
 import signal
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from finetune import nodes, runs, search, sharing, stage
 from finetune.clones import Clone, Repository
 from finetune.errors import UserError
+from finetune.slots import Slot
 from finetune.tables import aligned
 from finetune.trials import Driver
 
@@ -55,6 +56,7 @@ def main() -> None:
             cluster = nodes.Nodes(repository, url, arguments.cpus, arguments.gpus)
             sharing.fetch(repository, f"{name}-*")  # what the nodes have pushed since an earlier call was killed
         folder = stack.enter_context(held(runs.scratch() / "sweeps" / name))
+        slots: Iterable[Slot]
         if arguments.ray:
             slots = cluster.slots(arguments.jobs)
         else:
@@ -92,7 +94,7 @@ def show(driver: Driver) -> None:
         return
     sign = -1 if driver.sweep.direction == "maximize" else 1
     complete = driver.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    ranked = sorted(complete, key=lambda trial: sign * trial.value)
+    ranked = sorted(complete, key=lambda trial: sign * (trial.value or 0.0))
     keys = [key for key in driver.sweep.search if any(key in trial.params for trial in complete)]
     rows = [["experiment", driver.sweep.metric, *keys]]
     for trial in ranked[:SHOWN]:

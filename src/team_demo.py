@@ -112,8 +112,12 @@ def together(commands: dict[Path, str]) -> None:
     started = []
     for folder, command in commands.items():
         print(f"\n{folder.name}$ {command} &", end="", flush=True)
-        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started.append(subprocess.Popen(command, shell=True, cwd=folder, env=variables(folder), **pipe))
+        pipe, where = subprocess.PIPE, variables(folder)
+        started.append(
+            subprocess.Popen(
+                command, shell=True, cwd=folder, env=where, stdout=pipe, stderr=subprocess.STDOUT, text=True
+            )
+        )
     print()
     for process in started:
         print(process.communicate()[0], end="", flush=True)

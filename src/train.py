@@ -123,7 +123,7 @@ def take_part(this: experiment.Experiment, session: checkpoint.Session, run: run
 
 def say_what_trains(this: experiment.Experiment) -> None:
     """Print the table of what trains."""
-    sizes = Counter()
+    sizes: Counter[str] = Counter()
     for name, parameter in this.model.named_parameters():
         sizes[layers.layer_of(name)] += parameter.numel()
     epochs = this.settings.num_epochs
@@ -169,8 +169,8 @@ def train(
         nonlocal saved
         for batch in batches:
             torch.set_num_threads(threads() if this.is_heavy else 1)
-            is_due = time.monotonic() - saved > 60 * settings.checkpoint_minutes
-            signal_, is_due = distributed.largest(stopped() or 0, is_due)  # all stop after the same batch
+            is_late = time.monotonic() - saved > 60 * settings.checkpoint_minutes
+            signal_, is_due = distributed.largest(stopped() or 0, is_late)  # all stop after the same batch
             if sums.steps and (signal_ or is_due):
                 session.sums = sums.values()
                 writer.save(session)

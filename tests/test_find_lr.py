@@ -204,7 +204,7 @@ def test_what_is_trained_before_is_what_the_run_trains_and_the_rates_are_whole_a
         torch.manual_seed(0)
         pool = torch.nn.AdaptiveAvgPool2d(1)
         model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), pool, torch.nn.Flatten(), torch.nn.Linear(4, 2))
-        return experiment.Experiment(settings, Store(), about, model, groups, training.Objective(2))
+        return experiment.Experiment(settings, Store(), about, model, groups, training.Objective(2), None, None)
 
     this = begun()
     optimizer = find_lr.train_first(this, 2)

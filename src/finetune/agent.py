@@ -16,6 +16,10 @@ from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from finetune.clones import Running
 
 PACKAGES = ("torch", "torchvision", "numpy", "dvc")
 WAIT = 1.0  # seconds that `look` waits for the end
@@ -44,7 +48,8 @@ class Agent:
 
     def __init__(self):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # Ray blocks it, and what starts here inherits that
-        self.running = None
+        self.running: Running | None = None
+        self.prepared: list[str] = []
 
     def place(self) -> tuple[str, str]:
         """Return the node's id, and its name for people."""
@@ -72,16 +77,16 @@ class Agent:
         with FileLock(folder / "lock"):
             if problem := _cloned(url, commit, base):
                 return problem
-            for key, value in identity.items():
-                subprocess.run(["git", "config", key, value], cwd=base, check=True)
+            for name, who in identity.items():
+                subprocess.run(["git", "config", name, who], cwd=base, check=True)
         os.environ.update(variables | {"FINETUNE_SCRATCH": str(folder / "scratch")})
         (folder / "scratch").mkdir(exist_ok=True)
         sys.path.insert(0, str(base / "src"))
         from finetune import sharing
         from finetune.clones import Clone, Repository
 
-        if problem := sharing.storage_problem(base):
-            return problem
+        if refusal := sharing.storage_problem(base):
+            return refusal
         for number in count():  # the first that no other actor of this node has; the system frees a killed one's
             self._lock = FileLock(folder / f"slot-{number}.lock")
             try:
@@ -94,7 +99,8 @@ class Agent:
 
     def start(self, name: str, overrides: list[str]) -> None:
         """Begin an experiment. Where that fails, `look` says so."""
-        self.running, self.prepared = None, []
+        self.running = None
+        self.prepared = []
         self.running = self.clone.run(name, overrides, self.clone.folder.with_suffix(".log"))
 
     def look(self) -> tuple[list[str], int | None]:
@@ -126,7 +132,8 @@ class Agent:
         return lines, status
 
     def ask_to_stop(self) -> None:
-        self.running.ask_to_stop()
+        if self.running:
+            self.running.ask_to_stop()
 
     def stop(self) -> None:
         if self.running:
@@ -136,7 +143,7 @@ class Agent:
 def _cloned(url: str, commit: str, base: Path) -> str:
     """Clone the revision into `base` unless it is there; return what went wrong, or ''."""
     temporary = Path(f"{base}.new")
-    commands = [
+    commands: list[list[str | Path]] = [
         ["rm", "-rf", temporary],
         ["git", "clone", "-q", "--no-checkout", url, temporary],
         ["git", "-C", temporary, "checkout", "-q", "--detach", commit],

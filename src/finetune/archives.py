@@ -1,5 +1,6 @@
 """Archives of pictures: fetched once and verified, unpacked without trusting what is in them."""
 
+import functools
 import hashlib
 import lzma
 import re
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 from urllib.request import Request, urlopen
 
 from finetune.datasets import is_hidden
@@ -94,7 +95,7 @@ class _Member:
     is_folder: bool
     size: int  # bytes, as declared
     refusal: str | None  # why it must not be unpacked
-    open: Callable[[], IO[bytes]]
+    open: Callable[[], Any]  # a binary file
 
 
 def _download(url: str, file: IO[bytes], size: int | None) -> tuple[int, str]:
@@ -138,14 +139,14 @@ def _zip_members(archive: Path) -> Iterator[_Member]:
                 refusal = "encrypted"
             elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 refusal = "compressed in an unusual way"  # Python would decompress it whole, in memory
-            yield _Member(info.filename, info.is_dir(), info.file_size, refusal, lambda info=info: file.open(info))
+            yield _Member(info.filename, info.is_dir(), info.file_size, refusal, functools.partial(file.open, info))
 
 
 def _tar_members(archive: Path) -> Iterator[_Member]:
     with tarfile.open(archive) as file:
         for info in file:
             refusal = None if info.isfile() or info.isdir() else "a link or a device"
-            yield _Member(info.name, info.isdir(), info.size, refusal, lambda info=info: file.extractfile(info))
+            yield _Member(info.name, info.isdir(), info.size, refusal, functools.partial(file.extractfile, info))
         # tarfile ends without a word at a header that is damaged or missing.
         file.fileobj.seek(file.offset)
         if file.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):

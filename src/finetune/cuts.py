@@ -56,7 +56,7 @@ class Network:
         return found and _split(self._model, graph, found)
 
     def _trains(self, node: fx.Node) -> bool:
-        modules = self._model.get_submodule(node.target).modules() if node.op == "call_module" else []
+        modules = self._model.get_submodule(str(node.target)).modules() if node.op == "call_module" else []
         return any(tensor.requires_grad for tensor in self._tensors(node)) or any(
             isinstance(each, BATCH_NORMS) and (each.training or each.running_mean is None) for each in modules
         )
@@ -64,10 +64,12 @@ class Network:
     def _tensors(self, node: fx.Node) -> list[Tensor]:
         """Return the tensors of the model that a step uses."""
         if node.op == "call_module":
-            module = self._model.get_submodule(node.target)
+            module = self._model.get_submodule(str(node.target))
             return [*module.parameters(), *module.buffers()]
         if node.op == "get_attr":
-            value = getattr(self._model.get_submodule(layers.layer_of(node.target)), node.target.rpartition(".")[2])
+            value = getattr(
+                self._model.get_submodule(layers.layer_of(str(node.target))), str(node.target).rpartition(".")[2]
+            )
             return [value] if isinstance(value, Tensor) else []
         return []
 

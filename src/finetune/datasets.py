@@ -73,7 +73,7 @@ def with_val(dataset: Dataset, val_fraction: float, split_seed: int) -> Dataset:
     """
     if "val" in dataset.splits:
         return dataset
-    chosen = set()
+    chosen: set[str] = set()
     for (split, _), group in _groups(dataset).items():
         if split == "train":
             number = min(max(round(len(group) * val_fraction), 1), len(group) - 1)
@@ -121,7 +121,8 @@ def parts(files: Iterable[tuple[int, str]], folds: int, split_seed: int) -> dict
     """
     label_of = {sha256: label for label, sha256 in sorted(files, reverse=True)}
     ordered = sorted(label_of, key=lambda sha256: (label_of[sha256], _rank(split_seed, sha256)))
-    part_of, first = {}, 0
+    part_of: dict[str, int] = {}
+    first = 0
     for _, names in itertools.groupby(ordered, label_of.get):
         group = list(names)
         size, rest = divmod(len(group), folds)
@@ -141,7 +142,7 @@ def limited(dataset: Dataset, limit: int, split_seed: int) -> Dataset:
     files that can't be read.
     """
     groups = _groups(dataset)
-    kept = set()
+    kept: set[str] = set()
     for split in dataset.splits:
         numbers = shares([len(groups.get((split, label), ())) for label in range(len(dataset.classes))], limit)
         for label, number in enumerate(numbers):

@@ -46,7 +46,7 @@ def decode(data: bytes, resize: int) -> np.ndarray:
             if picture.width * picture.height > MAX_PIXELS:
                 raise Undecodable(f"too large: {picture.width} × {picture.height} px")
             picture.load()
-            method = TRANSPOSE.get(_orientation(picture))
+            method = TRANSPOSE.get(_orientation(picture) or 0)
             rgb = _rgb(picture).resize(size, Image.Resampling.BILINEAR)
             return np.asarray(rgb.transpose(method) if method is not None else rgb)
     except (Undecodable, MemoryError):
@@ -73,6 +73,7 @@ def _resized(size: tuple[int, int], resize: int) -> tuple[int, int]:
 def _orientation(picture: Image.Image) -> int | None:
     with contextlib.suppress(Exception):  # damaged EXIF, which says nothing of the pixels
         return picture.getexif().get(ORIENTATION)
+    return None
 
 
 def _rgb(picture: Image.Image) -> Image.Image:

@@ -69,7 +69,7 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
     # torch.use_deterministic_algorithms(True, warn_only=True), which would import torch's compiler, in a second.
     torch.set_deterministic_debug_mode("warn")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # doubles the time of small operations, for debugging
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # doubles the time of small operations, for debugging
 
 
 def keep_freed_memory() -> None:

@@ -285,11 +285,11 @@ class _WholeBatch(TorchFunctionMode):
         mean = _Sum.apply(values.sum(axes)) / count
         centred = values - mean.view(shape)
         variance = _Sum.apply(centred.square().sum(axes)) / count
-        if running_mean is not None:
+        if running_mean is not None and running_var is not None:
             with torch.no_grad():
                 running_mean.lerp_(mean, momentum)
                 running_var.lerp_(variance * (count / (count - 1)), momentum)
         result = centred * (variance + eps).rsqrt().view(shape)
-        if weight is not None:
+        if weight is not None and bias is not None:
             result = result * weight.view(shape) + bias.view(shape)
         return result.to(input.dtype)

@@ -41,8 +41,8 @@ class Experiment:
     model: nn.Module
     groups: list[layers.Group]
     objective: training.Objective
-    network: cuts.Network | None = None  # the model, where it can be cut
-    bank: Bank | None = None  # of its features
+    network: cuts.Network | None  # the model, where it can be cut
+    bank: Bank  # of its features
     _cuts: dict[bool, cuts.Cut | None] = field(default_factory=dict)  # in this epoch, by whether it is in training
     _trained: list[layers.Group] = field(default_factory=list)  # what does since the cuts are these
 
@@ -57,7 +57,7 @@ class Experiment:
         return device.precision(self.settings.precision, self.device)
 
     @property
-    def normalization(self) -> dict[str, list[float]]:
+    def normalization(self) -> dict[str, Sequence[float]]:
         """The `mean` and `std` of each channel, in [0, 1], by which pictures are normalised."""
         about = self.store.manifest if self.settings.augment.normalize == "data" else self.backbone
         return {key: about[key] for key in ("mean", "std")}
@@ -90,7 +90,7 @@ class Experiment:
         trained = [group for group in self.groups if group.trains_in(epoch)]
         if trained != self._trained:
             self._trained = trained
-            self._cuts = {way: self.network and self.network.cut(way) for way in (True, False)}
+            self._cuts = {way: self.network.cut(way) if self.network else None for way in (True, False)}
             if self.settings.augment.mixup:  # a batch is mixed before it goes into the trunk
                 self._cuts[True] = None
 
@@ -168,7 +168,7 @@ def build(settings: params.Params, store: images.ImageStore, tensors: dict[str, 
     network = cuts.follow(model, settings.data.image_size)
     objective = training.objective(settings, store.labels[store.indices("train")], place)
     bank = Bank(runs.scratch() / "features", settings.feature_bank_gb * 1e9)
-    model = model.to(place, memory_format=torch.channels_last)
+    model = model.to(place).to(memory_format=torch.channels_last)
     return Experiment(settings, store, backbone, model, groups, objective, network, bank)
 
 

@@ -140,8 +140,10 @@ class Experiments:
             "--format=%(refname) %(objectname) %(creatordate:iso-strict)",
             "refs/exps/",
         )
-        found = {line.split()[0]: tuple(line.split()[1:]) for line in listed.splitlines()}
-        return {ref: about for ref, about in found.items() if len(ref.split("/")) == 5}  # others are DVC's own
+        found = (line.split() for line in listed.splitlines())
+        return {
+            ref: (revision, created) for ref, revision, created in found if len(ref.split("/")) == 5
+        }  # not DVC's own
 
     def _read(self, references: Sequence[tuple[str, tuple[str, str]]]) -> list[Experiment]:
         paths = (PARAMS, LOCK, *METRICS)
@@ -203,7 +205,7 @@ class Experiments:
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return the values of nested dictionaries under dotted keys."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found

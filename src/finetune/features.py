@@ -32,7 +32,7 @@ class Features:
         bank: Bank,
     ):
         self._store, self._settings, self._place, self._bank = store, settings, place, bank
-        self._inputs_of = functools.partial(augment.normalize, **normalization)
+        self._inputs_of = functools.partial(augment.normalize, mean=normalization["mean"], std=normalization["std"])
         self._about = {
             "pictures": store.manifest["files"],
             "image_size": settings.data.image_size,
@@ -42,7 +42,7 @@ class Features:
             "lot": device.LOT[place.type],
             "versions": runs.versions(settings.model_name),
             "model": backbones.canonical_name(settings.model_name),
-            "code": [runs.code_digest(Path(module.__file__).read_text("utf-8")) for module in CODE],
+            "code": [runs.code_digest(Path(str(module.__file__)).read_text("utf-8")) for module in CODE],
         }
         self._at_hand: dict[str, list[Tensor]] = {}  # validation's lots, by the trunk's digest
 

@@ -40,7 +40,7 @@ def head_layers(model: nn.Module) -> list[str]:
     if hasattr(model, NAME):
         heads = [model.get_submodule(NAME)]
     elif hasattr(model, "get_classifier"):  # timm's: two of a distilled network, which otherwise has the last one
-        found = model.get_classifier()
+        found: Any = model.get_classifier()  # type: ignore[operator]
         heads = list(found) if isinstance(found, tuple) else [found]
     else:
         heads = [model.get_submodule(last_layer(model))]
@@ -117,4 +117,4 @@ def _is_map(shape: Sequence[int]) -> bool:
 def _is_pooling(network: nn.Module, node: fx.Node) -> bool:
     """Tell whether a node only pools what comes in, or drops some of it."""
     kinds = (nn.AdaptiveAvgPool2d, nn.Dropout)
-    return node.op == "call_module" and isinstance(network.get_submodule(node.target), kinds)
+    return node.op == "call_module" and isinstance(network.get_submodule(str(node.target)), kinds)

@@ -151,7 +151,8 @@ def plan(
     thaws = unfreeze_epoch
     for distance, block in enumerate(reversed(pretrained)):
         if names is None:
-            chosen = block.layers if trainable == "all" or (trainable != "head" and distance < trainable) else []
+            is_chosen = trainable == "all" or (isinstance(trainable, int) and distance < trainable)
+            chosen = block.layers if is_chosen else []
         else:
             chosen = [layer for layer in block.layers if any(is_in(layer, name) for name in names)]
         if chosen:

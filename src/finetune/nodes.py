@@ -1,6 +1,7 @@
 """A sweep's experiments on the nodes of a Ray cluster: which nodes, what is asked of them, and what if one is lost."""
 
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from finetune import agent, params, runs, sharing
 from finetune.clones import PATIENCE, Repository, identity
@@ -110,7 +112,8 @@ class NodeSlot(Slot):
     """An actor on a node, which Ray chooses; another one after that node is lost or left."""
 
     def __init__(self, nodes: Nodes):
-        self.nodes, self.actor = nodes, None
+        self.nodes = nodes
+        self.actor: Any = None
         self._request()
 
     def _request(self) -> None:
@@ -122,7 +125,7 @@ class NodeSlot(Slot):
         self._asked = time.monotonic()
         self.place, self.node_name = None, "a node"
         nodes = self.nodes
-        options = {"num_cpus": nodes.wanted["CPU"], "num_gpus": nodes.wanted["GPU"]}
+        options: dict[str, Any] = {"num_cpus": nodes.wanted["CPU"], "num_gpus": nodes.wanted["GPU"]}
         if nodes.refused:
             options["label_selector"] = {"ray.io/node-id": f"!in({','.join(nodes.refused)})"}
         self.actor = ray.remote(agent.Agent).options(**options).remote()
@@ -154,11 +157,11 @@ class NodeSlot(Slot):
         return True
 
     def leave(self, why: str) -> None:
-        self.nodes.refuse(self.place, self.node_name, why)
+        self.nodes.refuse(str(self.place), self.node_name, why)
 
     def lose(self, name: str) -> None:
         """Ask for an actor elsewhere, after this one's node was lost with an experiment."""
-        tqdm.write(f"{name}: {self.node_name} ({self.place[:8]}) was lost; it goes on elsewhere")
+        tqdm.write(f"{name}: {self.node_name} ({str(self.place)[:8]}) was lost; it goes on elsewhere")
         self._request()
 
     def run(self, name: str, overrides: Sequence[str], log: Path) -> "NodeJob":
@@ -176,12 +179,14 @@ class NodeSlot(Slot):
 class NodeJob(Job):
     """An experiment on a node, seen by asking its actor again as soon as it has answered."""
 
+    slot: NodeSlot
+
     def __init__(self, slot: NodeSlot, name: str, overrides: Sequence[str], log: Path):
         self.slot, self.name, self.log = slot, name, log
         self._lines: list[str] = []
         self._status: int | None = None
         log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(f"on {slot.node_name} ({slot.place[:8]})\n")
+        log.write_text(f"on {slot.node_name} ({str(slot.place)[:8]})\n")
         slot.actor.start.remote(name, list(overrides))  # what goes wrong there, look says
         self._look()
 
@@ -233,8 +238,8 @@ def connected(address: str) -> Iterator[None]:
     ray.cloudpickle.register_pickle_by_value(agent)
     _check_reachable(address)
     try:
-        where = {"include_dashboard": False} if address == LOCAL else {"address": address}
-        ray.init(**where, log_to_driver=False, logging_level="error", configure_logging=True)
+        where: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {"address": address}
+        ray.init(**where, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True)
     except (ConnectionError, RuntimeError, ValueError) as error:  # RuntimeError: other versions of Ray or Python
         said = " ".join(str(error).split())
         raise UserError(f"--ray {address}: {said}\nStart a cluster: ray start --head. See docs/ray.md") from None

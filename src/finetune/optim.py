@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, Any] = {
     kind.__name__.lower(): kind
     for kind in vars(torch.optim).values()
     if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
@@ -93,7 +93,8 @@ class LearningRate:
         """Set the rates of the next epoch."""
         self._epochs += 1
         if self.settings.name in BY_EPOCH and self._epochs > self.settings.warmup_epochs:
-            self._scheduler.step(*([val_loss] if self.settings.name == "plateau" else []))
+            measured: list[Any] = [val_loss] if self.settings.name == "plateau" else []
+            self._scheduler.step(*measured)
 
     def _is_over(self) -> bool:
         """Tell whether a schedule that is made for a number of epochs is at its last step, where its rates stay."""
@@ -127,7 +128,7 @@ def _scheduler(
     if name in CYCLIC:
         low, cycle = [rate * settings.low for rate in high], max(cycle, SHORTEST)
         options = {"mode": name, "gamma": settings.gamma ** (1 / cycle), "cycle_momentum": False}
-        return lr_scheduler.CyclicLR(optimizer, low, high, step_size_up=cycle / 2, **options)
+        return lr_scheduler.CyclicLR(optimizer, low, high, step_size_up=cycle / 2, **options)  # type: ignore[arg-type]  # halves will do
     if name == "one_cycle":
         total_steps = max(total_steps, SHORTEST)
         rises = max(settings.pct_start, SHORTEST / total_steps)  # in fewer, torch may divide by zero

@@ -3,7 +3,7 @@
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import TypeVar
 
@@ -30,7 +30,7 @@ def parallel_map(function: Callable[[T], R], items: Iterable[T], most_workers: i
     """
     workers = min(most_workers, cores())
     pool = ThreadPoolExecutor(workers)
-    waiting = deque()
+    waiting: deque[Future[R]] = deque()
     try:
         for item in items:
             waiting.append(pool.submit(function, item))

@@ -261,6 +261,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     `description` is the script's docstring.
     """
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    option = {"metavar": "KEY=VALUE", "help": "a setting other than params.yaml's, which stays as it is"}
-    result.add_argument("-S", "--set-param", dest="changes", action="append", default=[], **option)
+    result.add_argument(
+        "-S",
+        "--set-param",
+        dest="changes",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting other than params.yaml's, which stays as it is",
+    )
     return result

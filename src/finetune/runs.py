@@ -89,7 +89,8 @@ def code_digests() -> dict[str, str]:
 
     Of what the code does, not how it is written: neither comments, docstrings nor layout count.
     """
-    files = {Path(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
+    places = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+    files = {Path(place) for place in places if place}
     own = sorted(file for file in files if file.is_relative_to(SOURCES) and file.suffix == ".py")
     return {file.relative_to(SOURCES).as_posix(): code_digest(file.read_text("utf-8")) for file in own}
 

@@ -8,6 +8,7 @@ from finetune.errors import UserError, nearest
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -58,7 +59,7 @@ def _apply(change: str, contents: Any) -> None:
         raise UserError(f"-S {change}: {str(error).splitlines()[0]}. Write it as -S lr=0.01") from None
 
 
-def _explain(error: dict, known: list[str]) -> str:
+def _explain(error: ErrorDetails, known: list[str]) -> str:
     """Return one line for an error of pydantic's: the key, its value, what is allowed, the nearest known key."""
     key = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
@@ -71,7 +72,7 @@ def _explain(error: dict, known: list[str]) -> str:
     return f"{key} = {error['input']!r} {message}" if key else "should hold `key: value` lines"
 
 
-def _said(error: dict) -> str:
+def _said(error: ErrorDetails) -> str:
     return error["msg"].removeprefix("Value error, ").removeprefix("Input ")
 
 
@@ -83,7 +84,7 @@ def keys(kind: type[Section]) -> list[str]:
 def problem(kind: type[Section], key: str, value: Any) -> str | None:
     """Return what is wrong with a value for one of a section's `keys`, or None. What others ask of it is left aside."""
     field = _fields(kind)[key]
-    annotated = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    annotated: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
     try:
         TypeAdapter(annotated, config=ConfigDict(strict=True, allow_inf_nan=False)).validate_python(value)
     except ValidationError as error:
@@ -92,9 +93,11 @@ def problem(kind: type[Section], key: str, value: Any) -> str | None:
 
 
 def _fields(kind: type[Section], prefix: str = "") -> dict[str, FieldInfo]:
-    found = {}
+    found: dict[str, FieldInfo] = {}
     for name, field in kind.model_fields.items():
         inner = field.annotation
-        is_section = isinstance(inner, type) and issubclass(inner, Section)
-        found |= _fields(inner, f"{prefix}{name}.") if is_section else {prefix + name: field}
+        if isinstance(inner, type) and issubclass(inner, Section):
+            found |= _fields(inner, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = field
     return found

@@ -44,14 +44,14 @@ class Axis(schema.Section):
 
     def problem(self) -> str | None:
         """Return what is wrong with the keys, or None."""
-        is_range = self.low is not None and self.high is not None
-        if is_range == (self.values is not None) or (self.low is None) != (self.high is None):
+        if [self.low is None, self.high is None] != [self.values is not None] * 2:
             return "should be a list of values, or have low and high"
-        if not is_range and (not self.values or self.log or self.step):
-            return "is a list of values: it needs at least one, and log and step are of a range"
-        if is_range and self.low >= self.high:
+        if self.low is None or self.high is None:
+            if not self.values or self.log or self.step:
+                return "is a list of values: it needs at least one, and log and step are of a range"
+        elif self.low >= self.high:
             return f"has low = {self.low:g}, which is not below high = {self.high:g}"
-        if self.log and (self.low <= 0 or self.step):
+        elif self.log and (self.low <= 0 or self.step):
             return "has log: low must be above 0 then, and there is no step"
         return None
 
@@ -66,11 +66,12 @@ class Axis(schema.Section):
 
     def grid(self) -> list[Any]:
         """Return the values that a grid has: those listed, or from low to high by the step."""
-        if self.values is not None:
-            return self.values
+        if self.low is None or self.high is None:
+            return self.values or []
         step = self.step or 1
         count = math.floor((self.high - self.low) / step + 1e-9) + 1
-        return [self.low + index * step if self.is_whole else _short(self.low + index * step) for index in range(count)]
+        values = [self.low + index * step for index in range(count)]
+        return values if self.is_whole else [_short(value) for value in values]
 
 
 def _listed(value: Any) -> list:

@@ -35,7 +35,11 @@ class Slot(ABC):
     """A place for one experiment at a time."""
 
     place: str | None  # its machine; None as long as it has none
-    is_ready: bool
+
+    @property
+    @abstractmethod
+    def is_ready(self) -> bool:
+        """Whether an experiment can begin there."""
 
     @abstractmethod
     def run(self, name: str, overrides: Sequence[str], log: Path) -> Job:

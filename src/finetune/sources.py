@@ -5,7 +5,7 @@ A recipe is a YAML file that says where an archive is and what is in it, or what
 
 import hashlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from finetune import datasets, drawing, schema
@@ -74,7 +74,11 @@ def load(source: str, override: str | None, cache: Path, scratch: Path) -> Datas
 
 def read_recipe(path: Path) -> ArchiveRecipe | DrawnRecipe:
     """Return the validated recipe in a YAML file. Raises UserError, one line for each key that is wrong."""
-    return schema.read(path, lambda keys: DrawnRecipe if isinstance(keys, dict) and "drawn" in keys else ArchiveRecipe)
+
+    def kind_of(contents: Any) -> type[ArchiveRecipe | DrawnRecipe]:
+        return DrawnRecipe if isinstance(contents, dict) and "drawn" in contents else ArchiveRecipe
+
+    return schema.read(path, kind_of)
 
 
 def draw(recipe: DrawnRecipe, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """How a stage's script begins and ends: errors in a line or two, signals, and what starts it being killed."""
 
 import gc
+import io
 import os
 import signal
 import sys
@@ -27,7 +28,8 @@ def run(main: Callable[[], None]) -> None:
     After a signal, with 128 and its number. What was written is whole, so the same command goes on from there.
     """
     gc.enable()  # the imports are done
-    sys.stdout.reconfigure(line_buffering=True)  # a queue's log is to grow while the stage works
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a queue's log is to grow while the stage works
     _handle(signal.SIGINT, signal.default_int_handler)
     for number in END:
         _handle(number, _interrupt)
@@ -74,7 +76,7 @@ def deferred_signals() -> Iterator[Callable[[], signal.Signals | None]]:
             signal.signal(number, handler)
 
 
-def _handle(number: int, handler: Callable) -> Callable | int | None:
+def _handle(number: int, handler: Callable | int) -> Callable | int | None:
     """Set a signal's handler, unless the process was started with the signal ignored; return the one before."""
     before = signal.getsignal(number)
     if before != signal.SIG_IGN:

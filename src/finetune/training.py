@@ -206,7 +206,7 @@ class Sums:
         """Begin at what `values` returned once, or at zero where `start` is empty."""
         self.epoch = epoch
         self.steps, self.count = int(start.get("steps", 0)), int(start.get("count", 0))
-        number = {"dtype": torch.float64, "device": device}
+        number: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.loss, self.hits = (torch.tensor(start.get(name, 0.0), **number) for name in ("loss", "hits"))
         self.finite_steps = torch.tensor(float(self.steps), **number)
 

@@ -58,7 +58,7 @@ class Driver:
         """Make trials until the budget, or the grid, is used up. Raises UserError where the first ones all fail."""
         total = self.sweep.budget.trials
         if self.sweep.method == "grid":
-            total = min(total or math.inf, len(self._trials()))
+            total = min(total or len(self._trials()), len(self._trials()))
         done = self._count(finished=True)
         with tqdm(total=total, initial=done, desc=self.name, unit="trial", disable=None) as bar:
             while self._goes_on() or self.attempts:
@@ -220,7 +220,7 @@ class Driver:
         errors = [line for line in said if line.startswith("error: ")] or said[-1:]
         why = f"{' '.join(errors)}  ({running.log})"
         if not any(line.startswith(TRAINS) for line in said):
-            attempt.failed[running.slot.place] = why
+            attempt.failed[str(running.slot.place)] = why
             if len(attempt.failed) < TRIES and {each.place for each in self.slots} - {None, *attempt.failed}:
                 return False
         self._fail(trial, why)

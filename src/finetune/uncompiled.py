@@ -28,8 +28,8 @@ def take_place() -> None:
     """Have the compiler stood in for, unless it is there already."""
     if PACKAGE not in sys.modules:
         compiler, utils = (StandIn(name) for name in MODULES)
-        compiler.disable, compiler.graph_break = _as_it_is, _nothing
-        utils.is_compile_supported = _is_compile_supported
+        vars(compiler).update(disable=_as_it_is, graph_break=_nothing)
+        vars(utils).update(is_compile_supported=_is_compile_supported)
         sys.modules.update(zip(MODULES, (compiler, utils), strict=True))
 
 
