@@ -1,15 +1,18 @@
 """One experiment on several devices: the result of one, whatever comes between; here as processes on the CPU."""
 
 import json
+import os
+import re
 import shutil
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
 import helpers
 from finetune import backbones, checkpoint, device, distributed, dropout
-from helpers import Forked, copying, preparing, run_forked, write_params
+from helpers import Forked, as_user, clone, copying, dvc, preparing, run_forked, write_params
 
 import psutil
 import pytest
@@ -274,3 +277,27 @@ def test_with_less_than_two_gpus_all_is_auto(folders):
     assert "as with auto" not in run_forked(other)
     assert (one / "models/model.safetensors").read_bytes() == (other / "models/model.safetensors").read_bytes()
     assert (one / "models/checkpoint.pt").exists()
+
+
+@pytest.mark.slow
+def test_through_dvc_ctrl_c_saves_and_last_goes_on_top(tmp_path):
+    project = clone(
+        tmp_path / "project", **TINY | LONG | {"backbone__weights": "none", "data__source": "data/tiny.yaml"}
+    )
+    process = subprocess.Popen(
+        ["dvc", "exp", "run"], cwd=project, env=as_user(project) | LAUNCHED, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if line.startswith("epoch 2/"):
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to DVC, the stage, and its processes
+    assert process.wait() != 0
+    assert "".join(printed).count("all of them saved.\nThe same command goes on from there") == 1, "".join(printed)
+
+    printed = dvc(project, "exp", "run", "-S", "num_epochs=6", **LAUNCHED)
+    assert "device: all: training in 2 processes" in printed
+    assert re.search(r"^going on after [1-6] epochs", printed, re.MULTILINE)
+    printed = dvc(project, "exp", "run", "-S", "resume=last", "-S", "num_epochs=2", **LAUNCHED)
+    assert re.findall(r"^epoch (\d+)/", printed, re.MULTILINE) == ["7", "8"]
