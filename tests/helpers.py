@@ -1,6 +1,8 @@
 """What several tests need: small pictures, settings, and a script run as a user runs it."""
 
+import hashlib
 import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -9,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -50,12 +52,18 @@ def make_pictures(folder: Path, numbers: dict[str, int], size: int = 24) -> None
 
 def write_params(folder: Path, **overrides) -> None:
     """Write folder/params.yaml: the project's own, with other values, as in data__source="pictures"."""
-    yaml = YAML()
-    settings = yaml.load(ROOT / "params.yaml")
+    (folder / "params.yaml").write_bytes(changed_params(ROOT / "params.yaml", overrides))
+
+
+def changed_params(file: Path, overrides: dict) -> bytes:
+    """Return what is in a params.yaml, with other values."""
+    yaml, changed = YAML(), io.BytesIO()
+    settings = yaml.load(file)
     for name, value in overrides.items():
         *group, key = name.split("__")
         (settings[group[0]] if group else settings)[key] = value
-    yaml.dump(settings, folder / "params.yaml")
+    yaml.dump(settings, changed)
+    return changed.getvalue()
 
 
 def run(script: str, folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
@@ -186,6 +194,85 @@ def clone(folder: Path, recipe: str = RECIPE, **settings) -> Path:
     git(folder, "add", "-A")
     git(folder, "commit", "-qm", "project")
     return folder
+
+
+def make_repository(folder: Path, **settings) -> Path:
+    """Return a repository of DVC's with one commit and `settings` in params.yaml, for `write_experiment`."""
+    (folder / ".dvc").mkdir(parents=True)
+    (folder / ".dvc/config").write_text("")
+    (folder / ".gitignore").write_text("/.dvc/\n/results/\n")
+    write_params(folder, **settings)
+    git(folder, "init", "-q", "-b", "main")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "project")
+    return folder
+
+
+def predicted(right: Sequence[bool], pictures: str = "val", split: str = "val") -> list[dict]:
+    """Return the rows of predictions.csv for pictures/0.jpg and so on, by turns an ant and a bee, right where said."""
+    rows = []
+    for index, is_right in enumerate(right):
+        label, other = ("ants", "bees")[:: 1 - 2 * (index % 2)]
+        answer = label if is_right else other
+        p_ants = 0.9 if answer == "ants" else 0.1
+        row = {"split": split, "path": f"{pictures}/{index}.jpg", "label": label, "prediction": answer}
+        rows.append(row | {"p_ants": p_ants, "p_bees": 1 - p_ants, "loss": 0.105 if is_right else 2.303})
+    return rows
+
+
+def write_experiment(
+    folder: Path,
+    name: str,
+    settings: dict | None = None,
+    metrics: dict[str, float | str] | None = None,
+    predictions: Sequence[dict] = (),
+    epochs: Sequence[dict[str, float]] = (),
+    created: float | None = None,
+) -> None:
+    """Write an experiment of HEAD as `dvc exp run` leaves it, without running anything: a ref, and files in the cache.
+
+    settings {"data__fold": 1} are in place of those of the workspace; of metrics, {"val_acc": 0.9, "eval.acc": 0.9},
+    those with a dot are evaluate's; epochs are rows {"loss": 0.3, "val_loss": 0.4}; `created` is in seconds, or now.
+    """
+    train, evaluate = {}, {}
+    for key, value in (metrics or {}).items():
+        group, _, rest = key.rpartition(".")
+        (evaluate.setdefault(group, {}) if group else train)[rest] = value
+    outs = {"train": {}, "evaluate": {}}
+    if predictions:
+        lines = [",".join(map(str, row)) for row in (predictions[0], *(row.values() for row in predictions))]
+        outs["evaluate"]["results/evaluate/predictions.csv"] = _cached(folder, "\n".join(lines) + "\n")
+    if epochs:
+        curves = {key: [f"step\t{key}", *(f"{i}\t{row[key]}" for i, row in enumerate(epochs))] for key in epochs[0]}
+        files = {f"metrics/{key}.tsv": _cached(folder, "\n".join(rows) + "\n") for key, rows in curves.items()}
+        listed = json.dumps([{"md5": md5, "relpath": path} for path, md5 in files.items()])
+        outs["train"]["results/train/plots"] = _cached(folder, listed, ".dir")
+    stages = {
+        stage: {"outs": [{"path": path, "md5": md5} for path, md5 in each.items()]} for stage, each in outs.items()
+    }
+    files = {
+        "params.yaml": changed_params(folder / "params.yaml", settings or {}),
+        "dvc.lock": json.dumps({"schema": "2.0", "stages": stages}).encode(),
+        "results/train/metrics.json": json.dumps(train).encode(),
+        "results/evaluate/metrics.json": json.dumps(evaluate).encode(),
+    }
+    head = git(folder, "rev-parse", "HEAD").strip()
+    stream = f"commit refs/exps/{head[:2]}/{head[2:]}/{name}\n".encode()
+    stream += (
+        f"committer tester <tester@example.org> {int(created or time.time())} +0000\ndata 0\n\nfrom {head}\n".encode()
+    )
+    for path, content in files.items():
+        stream += f"M 100644 inline {path}\ndata {len(content)}\n".encode() + content + b"\n"
+    subprocess.run(["git", "fast-import", "--quiet", "--force"], cwd=folder, input=stream, check=True)
+
+
+def _cached(folder: Path, text: str, suffix: str = "") -> str:
+    """Write a text into DVC's cache; return its digest there."""
+    md5 = hashlib.md5(text.encode()).hexdigest() + suffix
+    place = folder / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(text)
+    return md5
 
 
 def as_user(folder: Path) -> dict[str, str]:
