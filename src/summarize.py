@@ -21,11 +21,10 @@ from typing import Any
 from finetune import stage
 from finetune.datasets import listing
 from finetune.errors import UserError, nearest
+from finetune.repeats import seed_and_fold, shared_settings
 from finetune.tables import aligned
 
 METRICS = ["val_acc", "val_loss"]
-REPEATED = ("data.fold", "seed")  # in these the runs of a group differ
-WITHOUT_EFFECT = ("device", "resume", "checkpoint_minutes", "checkpoint_store_gb")
 
 
 @dataclass(frozen=True)
@@ -145,9 +144,9 @@ def summarize(experiments: Sequence[Experiment], metrics: Sequence[str]) -> list
     """
     members: dict[str, dict[tuple[int, int], Experiment]] = defaultdict(dict)
     for each in sorted(experiments, key=lambda experiment: experiment.finished):
-        members[json.dumps(_common(each), sort_keys=True)][_seed_and_fold(each)] = each
+        members[json.dumps(shared_settings(each.settings), sort_keys=True)][_seed_and_fold(each)] = each
     runs_of = [[run for _, run in sorted(runs.items())] for runs in members.values()]
-    commons = [_common(runs[0]) for runs in runs_of]
+    commons = [shared_settings(runs[0].settings) for runs in runs_of]
     names = dict.fromkeys(name for common in commons for name in common)
     differing = [name for name in names if any((name, commons[0].get(name)) not in each.items() for each in commons)]
     groups = []
@@ -165,13 +164,8 @@ def summarize(experiments: Sequence[Experiment], metrics: Sequence[str]) -> list
     return sorted(groups, key=lambda group: -group.mean[metrics[0]])
 
 
-def _common(experiment: Experiment) -> dict[str, Any]:
-    """Return the settings in which a group's experiments agree."""
-    return {key: value for key, value in experiment.settings.items() if key not in (*REPEATED, *WITHOUT_EFFECT)}
-
-
 def _seed_and_fold(experiment: Experiment) -> tuple[int, int]:
-    return experiment.settings.get("seed", 0), experiment.settings.get("data.fold", 0)
+    return seed_and_fold(experiment.settings)
 
 
 def missing_folds(group: Group) -> list[str]:

@@ -59,7 +59,7 @@ GROUPINGS = {  # experiments → of each group: what it differs in, names, mean 
         [({"data.folds": 3}, ["0-0"], 0.5, None), ({"data.folds": 5}, ["0-0"], 0.4, None)],
     ),
     "settings without effect": (
-        [experiment("a", 0.5), experiment("b", 0.7, seed=1, device="cpu", resume="never", checkpoint_minutes=1)],
+        [experiment("a", 0.5), experiment("b", 0.7, seed=1, device="cpu", resume="never", feature_bank_gb=0)],
         [({}, ["a", "b"], 0.6, 0.2 / 2**0.5)],
     ),
     "the newest of equals": (
