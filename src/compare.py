@@ -183,12 +183,12 @@ def verdict(first: Side, second: Side, compared: Comparison | OverRuns) -> list[
     lines = [said, "{}: {:+.1f} points, 95 % interval {:+.1f} to {:+.1f}.".format(of_both, *points)]
     if not compared.differs:
         lines.append(f"A difference below {100 * compared.detectable:.1f} points can't be told from chance here.")
-    if not alone:
-        return [*lines, repeats.advice(compared)]
     folds = max(len(members) for members in first.runs.values())
     if folds > 1:
-        lines.append(f"Of {folds} folds: their networks share training pictures, so p is somewhat too small.")
-    if shared_settings(first.experiment.settings) == shared_settings(second.experiment.settings):
+        lines.append(f"The networks of the {folds} folds share training pictures, so p is somewhat too small.")
+    if not alone:
+        lines += filter(None, [repeats.advice(compared)])
+    elif shared_settings(first.experiment.settings) == shared_settings(second.experiment.settings):
         lines.append("Their settings are the same, seed and fold apart: such a difference is what another seed makes.")
     else:
         lines.append("Two trained networks were compared; whether their settings differ, several seeds of both tell.")

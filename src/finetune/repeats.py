@@ -110,7 +110,7 @@ def compare_runs(pairs: Sequence[Pair]) -> OverRuns:
     )
     runs, n = gained.shape
     mean = float(gained.mean())
-    of_pictures = (((gained.mean(axis=0) ** 2).sum() + 1) / (n + 2) - mean**2) / n
+    of_pictures = np.append(gained.mean(axis=0), [-1, 1]).var() / n
     of_runs = gained.mean(axis=1).var(ddof=1) / runs
     variance = of_pictures + of_runs
     freedom = variance**2 / (of_pictures**2 / (n + 1) + of_runs**2 / (runs - 1)) if runs >= FEW else 1.0
@@ -139,10 +139,12 @@ def sentence(first: str, second: str, compared: OverRuns) -> str:
 
 
 def advice(compared: OverRuns) -> str:
-    """Return in words which experiments would make a comparison run by run surer."""
+    """Return in words what would make a comparison run by run surer; "" where it is sure."""
     runs, share = len(compared.differences), compared.share_of_runs
     if runs < FEW:
         return "Two runs hardly tell what another seed makes: five of each are a good number."
+    if compared.differs:
+        return ""
     if share > 0.5:
         return f"{share:.0%} of the uncertainty is that of seeds: more seeds of both would make it smaller."
     return f"{1 - share:.0%} of the uncertainty is that of pictures: more pictures, or data.folds, make it smaller."
