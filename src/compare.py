@@ -44,6 +44,12 @@ class Side:
         return self.experiment.name
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """Those in which all that is compared agrees."""
+        single = sum(len(members) for members in self.runs.values()) == 1
+        return self.experiment.settings if single else repeats.shared_settings(self.experiment.settings)
+
+    @property
     def accuracies(self) -> dict[str, float]:
         return {run: float(each.correct.mean()) for run, each in self.predictions.items()}
 
@@ -62,9 +68,10 @@ def main() -> None:
     named = [experiments.find(name) for name in arguments.names]
     if named[0].revision == named[1].revision:
         raise UserError(f"{' and '.join(arguments.names)} are the same: name two experiments.")
-    groups = [{(0, 0): each} for each in named]
-    if not arguments.alone:
-        groups = with_repeats(experiments, named, arguments.all_commits) or groups
+    for each in named:
+        experiments.file(each, PREDICTIONS)  # which it must have, even where only others of its settings are compared
+    groups = [] if arguments.alone else with_repeats(experiments, named, arguments.all_commits)
+    groups = groups or [{(0, 0): each} for each in named]
     first, second = sides(experiments, named, groups, arguments.split)
     pairs = [(first.predictions[run], second.predictions[run]) for run in first.predictions]
     compared = comparison.compare(*pairs[0]) if len(pairs) == 1 else repeats.compare_runs(pairs)
@@ -93,14 +100,14 @@ def with_repeats(
 ) -> list[dict[Repeat, Experiment]]:
     """Return for each of two experiments, by seed and fold, those that differ from it in these alone, itself included.
 
-    [] where they have no seed and fold in common, or the same settings, so that they are of one group.
+    [] where that is no more than they are, for lack of seeds and folds that both have, or as their settings are equal.
     """
     known = [each for each in experiments.all() if PREDICTIONS in each.outs]
     groups = [
         repeats.repeats(of, [each for each in known if all_commits or each.baseline == of.baseline]) for of in named
     ]
     alike = {each.revision for each in groups[0].values()} & {each.revision for each in groups[1].values()}
-    return [] if alike or not groups[0].keys() & groups[1].keys() else groups
+    return [] if alike or len(groups[0].keys() & groups[1].keys()) < 2 else groups
 
 
 def sides(
@@ -163,13 +170,9 @@ def table(first: Side, second: Side) -> list[str]:
 
 
 def differing_settings(first: Side, second: Side) -> dict[str, list[Any]]:
-    """Return the values of both sides for each setting in which they differ; of several runs, seed and fold apart."""
-    one, other = (
-        each.experiment.settings if len(each.runs) == 1 else repeats.shared_settings(each.experiment.settings)
-        for each in (first, second)
-    )
+    """Return the values of both sides for each setting in which they differ."""
+    one, other, missing = first.settings, second.settings, object()
     names = [name for name in dict.fromkeys([*one, *other]) if name not in repeats.WITHOUT_EFFECT]
-    missing = object()
     differing = [name for name in names if one.get(name, missing) != other.get(name, missing)]
     return {name: [one.get(name, "-"), other.get(name, "-")] for name in differing}
 
@@ -191,7 +194,7 @@ def verdict(first: Side, second: Side, compared: Comparison | OverRuns) -> list[
     elif shared_settings(first.experiment.settings) == shared_settings(second.experiment.settings):
         lines.append("Their settings are the same, seed and fold apart: such a difference is what another seed makes.")
     else:
-        lines.append("Two trained networks were compared; whether their settings differ, several seeds of both tell.")
+        lines.append("One seed of each was compared: whether others would agree, several seeds of both tell.")
     return lines
 
 
