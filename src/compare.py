@@ -71,7 +71,7 @@ def main() -> None:
     for each in named:
         experiments.file(each, PREDICTIONS)  # which it must have, even where only others of its settings are compared
     groups = [] if arguments.alone else with_repeats(experiments, named, arguments.all_commits)
-    groups = groups or [{(0, 0): each} for each in named]
+    groups = groups or [{(0, 0): each} for each in named]  # then it doesn't matter which seeds they are
     first, second = sides(experiments, named, groups, arguments.split)
     pairs = [(first.predictions[run], second.predictions[run]) for run in first.predictions]
     compared = comparison.compare(*pairs[0]) if len(pairs) == 1 else repeats.compare_runs(pairs)
@@ -115,7 +115,7 @@ def sides(
 ) -> list[Side]:
     """Return both sides, with the predictions of the runs that both have. Raises UserError where some are missing."""
     pooled = split == "val" and all(each.settings.get("data.folds") for each in named)
-    runs = repeats.in_both(*groups, pooled)
+    runs = repeats.in_both(groups[0], groups[1], pooled)
     made = []
     for of, group in zip(named, groups, strict=True):
         members = {run: [group[each] for each in repeated] for run, repeated in runs.items()}
@@ -179,8 +179,14 @@ def differing_settings(first: Side, second: Side) -> dict[str, list[Any]]:
 
 def verdict(first: Side, second: Side, compared: Comparison | OverRuns) -> list[str]:
     """Return in sentences what the comparison says, and what it does not."""
-    alone = isinstance(compared, Comparison)
-    said = (comparison if alone else repeats).sentence(first.name, second.name, compared)
+    if isinstance(compared, OverRuns):
+        said, end = repeats.sentence(first.name, second.name, compared), repeats.advice(compared)
+    else:
+        said = comparison.sentence(first.name, second.name, compared)
+        if shared_settings(first.experiment.settings) == shared_settings(second.experiment.settings):
+            end = "Their settings are the same, seed and fold apart: such a difference is what another seed makes."
+        else:
+            end = "That is of two trained networks, not yet of their settings: several seeds of both tell more."
     points = [100 * each for each in (compared.difference, compared.low, compared.high)]
     of_both = f"Accuracy of {second.name} minus that of {first.name}"
     lines = [said, "{}: {:+.1f} points, 95 % interval {:+.1f} to {:+.1f}.".format(of_both, *points)]
@@ -189,13 +195,7 @@ def verdict(first: Side, second: Side, compared: Comparison | OverRuns) -> list[
     folds = max(len(members) for members in first.runs.values())
     if folds > 1:
         lines.append(f"The networks of the {folds} folds share training pictures, so p is somewhat too small.")
-    if not alone:
-        lines += filter(None, [repeats.advice(compared)])
-    elif shared_settings(first.experiment.settings) == shared_settings(second.experiment.settings):
-        lines.append("Their settings are the same, seed and fold apart: such a difference is what another seed makes.")
-    else:
-        lines.append("One seed of each was compared: whether others would agree, several seeds of both tell.")
-    return lines
+    return [*lines, end] if end else lines
 
 
 def picture_table(first: str, second: str, pictures: Sequence[dict[str, Any]]) -> list[str]:

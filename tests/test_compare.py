@@ -48,7 +48,7 @@ def test_two_experiments_are_compared_picture_by_picture(project):
         r"Accuracy of squeeze-one minus that of alex-one: \+15.0 points, 95 % interval [-+]\d+.0 to \+\d+.0.", lines[5]
     )
     assert lines[6] == "A difference below 30.0 points can't be told from chance here."  # six of 20
-    assert lines[7].startswith("One seed of each was compared: whether others would agree")
+    assert lines[7].startswith("That is of two trained networks, not yet of their settings")
     assert len(lines) == 8
 
 
@@ -163,7 +163,7 @@ def test_the_workspace_can_be_one_of_them(project, tmp_path):
         (["alex-one", "squeez-one"], "error: 'squeez-one' is neither an experiment nor a revision"),
         (["alex-one", "squeez-one"], "Nearest: squeeze-one"),
         (["alex-one", "alex-one"], "error: alex-one and alex-one are the same: name two experiments."),
-        (["unfinished", "alex-one"], "error: unfinished has no results/evaluate/predictions.csv: its stages did not"),
+        (["unfinished", "high-0"], "error: unfinished has no results/evaluate/predictions.csv: its stages did not"),
         (
             ["squeeze-one", "alex-one", "--split", "test"],
             "error: alex-one: there are no predictions of test, only of: val",
