@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import comparison, repeats, stage
+from finetune.clones import git
 from finetune.comparison import Comparison, Predictions, aligned_to
 from finetune.datasets import listing
 from finetune.errors import UserError
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
 
-    experiments = Experiments(Path.cwd())
+    experiments = Experiments(Path(git(Path.cwd(), "rev-parse", "--show-toplevel").strip()))
     named = [experiments.find(name) for name in arguments.names]
     if named[0].revision == named[1].revision:
         raise UserError(f"{' and '.join(arguments.names)} are the same: name two experiments.")

@@ -126,6 +126,8 @@ def test_the_same_settings_tell_what_a_seed_makes(project):
     lines = compare(project, "low-0", "low-1")
     assert lines[1].split() == ["seed", "0", "1"]
     assert lines[-1].startswith("Their settings are the same, seed and fold apart")
+    (project / "sweeps").mkdir()
+    assert compare(project / "sweeps", "low-0", "low-1") == lines
 
 
 def test_another_commits_experiments_are_repeats_only_if_asked_for(tmp_path):
