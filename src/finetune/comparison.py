@@ -6,6 +6,7 @@ better, which another seed would show, is a question to several experiments: fin
 
 import csv
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,8 +55,12 @@ class Comparison:
         """The least difference of accuracies that would not pass for chance, where the two differ on as many pictures
         as here. It may be more than 1."""
         differing = max(self.only_first + self.only_second, 6)  # five in a row still happen by chance
-        excess = (each for each in range(differing % 2, differing + 1, 2))
-        least = next(each for each in excess if mcnemar((differing - each) // 2, (differing + each) // 2) <= LEVEL)
+        excess = range(differing % 2, differing + 1, 2)
+
+        def is_seen(more: int) -> bool:
+            return mcnemar((differing - more) // 2, (differing + more) // 2) <= LEVEL
+
+        least = excess[bisect_left(excess, True, key=is_seen)]
         return least / self.n
 
 
