@@ -289,7 +289,7 @@ def dvc(folder: Path, *arguments: str, status: int = 0, **variables: str) -> str
     return result.stdout
 
 
-def wait_for(found: Callable[[], T], seconds: float = 60) -> T:
+def wait_for(found: Callable[[], T], seconds: float = 200) -> T:
     """Return what is found, once it is something."""
     end = time.monotonic() + seconds
     while not (result := found()):

@@ -132,7 +132,7 @@ def test_a_lost_nodes_trial_goes_on_elsewhere_and_ends_the_same_to_the_bit(tmp_p
     with cluster(tmp_path, {}, {}) as made:
         process = start(project, file, "--ray", made.address, CHECKPOINTS_DIR=str(tmp_path / "checkpoints"))
         log = project / ".dvc/tmp/sweeps/rates/rates-001.log"
-        wait_for(lambda: log.exists() and "epoch 3/" in log.read_text(), seconds=200)
+        wait_for(lambda: log.exists() and "epoch 3/" in log.read_text())
         lost = next(node for node in made.worker_nodes if node.node_id[:8] in log.read_text())
         made.remove_node(lost, allow_graceful=False)
         said = process.communicate()[0]
@@ -166,7 +166,7 @@ def test_a_node_without_the_pictures_trains_on_nothing_else(tmp_path, monkeypatc
 
         def study(name: str, content: dict, is_bare_alone: bool) -> list:
             slots = list(nodes.Nodes(repository, sharing.check(repository), cpus=1, gpus=0).slots(2))
-            wait_for(lambda: all([slot.is_ready for slot in slots]), seconds=200)
+            wait_for(lambda: all([slot.is_ready for slot in slots]))
             slots.sort(key=lambda slot: slot.place != bare)
             folder = project / ".dvc/tmp/sweeps" / name
             folder.mkdir(parents=True)
