@@ -5,17 +5,15 @@
 Writes results/evaluate/: metrics.json, predictions.csv (a row a picture), and the plots' data.
 """
 
-import csv
-import functools
 import json
 from pathlib import Path
 
-from finetune import augment, backbones, device, inference, metrics, params, runs, stage, training
+from finetune import classifier, metrics, params, stage
 from finetune.files import replaced
 from finetune.images import ImageStore
+from finetune.tables import csv_text
 
 import numpy as np
-import torch
 
 OUTPUT = Path("results/evaluate")
 
@@ -23,25 +21,14 @@ OUTPUT = Path("results/evaluate")
 def main() -> None:
     settings = params.load()
     store = ImageStore("data/prepared")
-    device.make_deterministic()
-    device.keep_freed_memory()
-    place = device.claim(settings.device, runs.scratch() / "gpus")
-    tensors, about = backbones.read(Path("models/model.safetensors"))
-    size = about["image_size"]
-    model = backbones.build(about["model_name"], len(about["classes"]), size, params.Head(**about["head"]))
-    backbones.load_tensors(model, tensors, strict=True)
-    model = device.in_precision(
-        model.to(place).to(memory_format=torch.channels_last), device.precision(settings.precision, place)
-    )
-    inputs_of = functools.partial(augment.normalize, mean=about["mean"], std=about["std"])
+    model = classifier.load(classifier.MODEL, settings.device)
 
     results, predictions = {}, []
     for split, group in (("val", "eval"), ("test", "test")):
         indices = store.indices(split)
         if not len(indices):
             continue
-        views = training.views(store, split, size, device.LOT[place.type], settings.evaluate.tta)
-        logits = metrics.mean_prediction([inference.predict(model, batches, inputs_of) for batches in views])
+        logits = np.concatenate(list(model.logits((store[i] for i in indices), settings.evaluate.tta)))
         labels = store.labels[indices]
         results[group] = metrics.summary(logits, labels)
         paths = [store.paths[i] for i in indices]
@@ -62,7 +49,7 @@ def prediction_rows(split: str, paths: list[str], labels: np.ndarray, logits: np
     losses = metrics.cross_entropy(logits, labels)
     return [
         {"split": split, "path": path, "label": classes[label], "prediction": classes[p.argmax()]}
-        | {f"p_{name}": f"{value:.6f}" for name, value in zip(classes, p, strict=True)}
+        | classifier.probability_columns(p, classes)
         | {"loss": f"{loss:.6f}"}
         for path, label, p, loss in zip(paths, labels, probabilities, losses, strict=True)
     ]
@@ -80,10 +67,8 @@ def write_plots(logits: np.ndarray, labels: np.ndarray, classes: list[str]) -> N
 
 def write_csv(path: Path, rows: list[dict]) -> None:
     """Write the rows, which all have the first one's keys, under a header line."""
-    with replaced(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    with replaced(path) as temporary:
+        temporary.write_bytes(csv_text(rows).encode())
 
 
 if __name__ == "__main__":

@@ -105,6 +105,7 @@ def fine_tune(settings: params.Params) -> None:
         "classes": store.classes,
         "image_size": settings.data.image_size,
         "resize": store.manifest["resize"],
+        "precision": settings.precision,
     }
     backbones.write(Path("models/model.safetensors"), this.model.state_dict(), about_model | this.normalization)
 

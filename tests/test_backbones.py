@@ -265,6 +265,9 @@ def test_what_is_written_is_read_and_damage_is_found(tmp_path):
     path.write_bytes(first[:-4])
     with pytest.raises(UserError, match="is damaged"):
         backbones.read(path)
+    save_file(tensors, path)
+    with pytest.raises(UserError, match="not a file of this project's"):
+        backbones.read(path)
 
 
 # timm's networks ------------------------------------------------------------------------------------------------------

@@ -592,7 +592,8 @@ def test_features_are_the_same_bits_whatever_is_beside_a_picture(begin, name, si
     this.begin_epoch(0)
     trunk = device.in_precision(this.network.cut(training=True).trunk, precision)
     frozen = inference.Inference(trunk, this.normalize, this.device)
-    pictures = training.cropped(Store(16, 0, 72), np.arange(16), size)
+    store = Store(16, 0, 72)
+    pictures = training.cropped([store[i] for i in range(16)], size)
     whole = frozen(pictures)
     assert whole.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     for chosen in ([3], [15, 0], [2, 2, 2], list(range(15, -1, -1)), list(range(9))):

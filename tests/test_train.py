@@ -97,6 +97,7 @@ def test_the_model_file_says_what_a_prediction_needs(trained):
     _, about = backbones.read(folder / "models/model.safetensors")
     assert (about["model_name"], about["classes"]) == ("squeezenet1_1", ["ants", "bees"])
     assert (about["image_size"], about["resize"], about["mean"][0]) == (32, 36, 0.485)
+    assert about["precision"] == "fp32"
 
 
 def test_evaluation_agrees_with_training_and_with_the_predictions(trained):

@@ -225,29 +225,6 @@ def test_plain_batches_are_cropped_to_the_middle_in_the_stores_order(store):
     assert torch.equal(torch.cat([batch.inputs for batch in batches]), expected)
 
 
-@pytest.mark.parametrize(
-    ("tta", "ways"),
-    [
-        ("none", [(None, False)]),
-        ("flip", [(None, False), (None, True)]),
-        ("ten_crop", [(crop, flip) for crop in range(5) for flip in (False, True)]),
-    ],
-)
-def test_views_are_crops_and_their_mirror_images(store, tta, ways):
-    views = training.views(store, "val", SIZE, 16, tta)
-    assert len(views) == len(ways)
-    for view, (crop, flip) in zip(views, ways, strict=True):
-        (batch,) = view
-        assert batch.labels.tolist() == [0, 1, 2]
-        for index, picture in enumerate(batch.inputs):
-            height, width = store[index].shape[:2]
-            bottom, right = height - SIZE, width - SIZE
-            middle = (round(bottom / 2), round(right / 2))
-            top, left = [(0, 0), (0, right), (bottom, 0), (bottom, right), middle][4 if crop is None else crop]
-            pixels = torch.from_numpy(store[index][top : top + SIZE, left : left + SIZE].copy()).permute(2, 0, 1)
-            assert torch.equal(picture, pixels.flip(-1) if flip else pixels)
-
-
 # Passes ---------------------------------------------------------------------------------------------------------------
 
 BAR = SimpleNamespace(update=lambda: False, set_postfix=lambda *a, **k: None)

@@ -293,11 +293,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            about = json.loads(file.metadata()["about"])
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
     except OSError:
         raise
     except Exception as error:  # its reader's own types
         raise _damaged(path, _first_line(error)) from None
+    if not about:
+        raise UserError(f"{path} is not a file of this project's: it does not say what is in it.")
     if digest([tensors, {key: about[key] for key in about if key != "digest"}]) != about.get("digest"):
         raise _damaged(path, "its digest is another")
     return tensors, about

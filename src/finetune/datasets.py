@@ -270,7 +270,7 @@ def _find_files(
     """Yield the files below the class folders, not hashed yet."""
     for split, folder in folders.items():
         for label, name in enumerate(classes):
-            for file in _files_below(folder / name) if (folder / name).exists() else ():
+            for file in files_below(folder / name) if (folder / name).exists() else ():
                 path = file.relative_to(root).as_posix()
                 if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", path):
                     raise UserError(f"{path!a} has control characters, or is not UTF-8: rename it.")
@@ -278,7 +278,7 @@ def _find_files(
                     yield Picture(path, file, split, label, sha256="")
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
+def files_below(folder: Path) -> Iterator[Path]:
     """Yield all that is below the folder, hidden parts and folders apart. Links to folders are not followed."""
     for parent, folders, names in os.walk(folder, onerror=_unreadable):
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
@@ -290,12 +290,19 @@ def _unreadable(error: OSError) -> None:
     raise UserError(f"{error.filename} can't be read: {error.strerror}")
 
 
+def no_file(path: Path) -> str | None:
+    """Return why what a folder lists can't be read as a file, or None where it can."""
+    if not path.exists():
+        return "broken link"
+    if not path.is_file():
+        return "link to a folder" if path.is_dir() else "not a file"
+    return None
+
+
 def _hashed(picture: Picture) -> Picture | Skipped:
     """Return the picture with its file's sha256, or why the file can't be read."""
-    if not picture.file.exists():
-        return picture.path, "broken link"
-    if not picture.file.is_file():
-        return picture.path, "link to a folder" if picture.file.is_dir() else "not a file"
+    if reason := no_file(picture.file):
+        return picture.path, reason
     try:
         return replace(picture, sha256=sha256_of(picture.file))
     except OSError as error:

@@ -34,7 +34,7 @@ def choose(name: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             found = f"{count} CUDA device{'s'[: count != 1]}" if count else "no CUDA device"
-            raise UserError(f"params.yaml: device = {name!r}, but torch finds {found} here. Set device to auto or cpu.")
+            raise UserError(f"device = {name!r}, but torch finds {found} here. Set it to auto or cpu.")
     return device
 
 

@@ -67,7 +67,7 @@ class Features:
         rows = np.arange(len(indices))[distributed.rows(slice(0, len(indices)))]
 
         def pictures(lot: slice) -> Tensor:
-            return training.cropped(self._store, indices[rows[lot]], size)
+            return training.cropped([self._store[i] for i in indices[rows[lot]]], size)
 
         known = self._at_hand.get(cut.digest)
         lots = known or self._lots(cut, self.validation_key(cut), len(indices), rows, pictures)

@@ -8,7 +8,6 @@ Nothing in it depends on time, machine or the order of the work: the same pictur
 """
 
 import csv
-import functools
 import hashlib
 import itertools
 import json
@@ -182,7 +181,7 @@ def write_shards(pictures: Sequence[Picture], folder: Path, decode: Callable[[by
     number = 2 ** max(0, round(math.log2(max(1, len(pictures)) / SHARD_PICTURES)))
     shard_of = {picture.path: _shard_name(picture.path, number) for picture in pictures}
     ordered = sorted(pictures, key=lambda picture: shard_of[picture.path])
-    results = parallel_map(functools.partial(_pixels, decode=decode), ordered)
+    results = parallel_map(lambda picture: read_pixels(picture.file, decode), ordered)
     bar = tqdm(zip(ordered, results, strict=True), "prepare", len(ordered), unit=" pictures", disable=None)
 
     stored, skipped, histogram = [], [], np.zeros((3, 256), np.int64)
@@ -249,13 +248,13 @@ def _shard_name(path: str, number: int) -> str:
     return f"shard-{int(hashlib.sha256(path.encode()).hexdigest(), 16) % number:03}.bin"
 
 
-def _pixels(picture: Picture, decode: Callable[[bytes], np.ndarray]) -> np.ndarray | str:
+def read_pixels(file: Path, decode: Callable[[bytes], np.ndarray]) -> np.ndarray | str:
     """Return the decoded picture, or why there is none."""
     try:
-        size = picture.file.stat().st_size
+        size = file.stat().st_size
         if size > MAX_FILE:
             return f"too large: {size / 1e6:,.0f} MB"
-        return np.ascontiguousarray(decode(picture.file.read_bytes()))
+        return np.ascontiguousarray(decode(file.read_bytes()))
     except OSError as error:
         return f"can't be read: {error.strerror}"
     except ValueError as error:

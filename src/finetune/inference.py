@@ -42,13 +42,18 @@ def side_by_side(function: Callable[[T], R], items: Iterable[T], place: torch.de
     return parallel_map(on_one_thread, items, device.WORKERS[place.type])
 
 
+def logits(model: nn.Module, inputs: Iterable[Tensor], inputs_of: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+    """Yield the logits of each lot of inputs, [n, classes] float32 on the CPU, from the model in evaluation mode."""
+    model.eval()
+    place = next(model.parameters()).device
+    for each in side_by_side(Inference(model, inputs_of, place), inputs, place):
+        yield each.float().cpu()
+
+
 def predict(model: nn.Module, batches: Iterable[Batch], inputs_of: Callable[[Tensor], Tensor]) -> np.ndarray:
     """Return the logits of all pictures, [n, classes] float32, from the model in evaluation mode.
 
     Where several processes train together, of those of each.
     """
-    model.eval()
-    place = next(model.parameters()).device
-    inputs = (batch.inputs for batch in batches)
-    logits = side_by_side(Inference(model, inputs_of, place), inputs, place)
-    return torch.cat(distributed.joined([each.float().cpu() for each in logits])).numpy()
+    found = logits(model, (batch.inputs for batch in batches), inputs_of)
+    return torch.cat(distributed.joined(list(found))).numpy()

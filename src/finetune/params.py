@@ -14,7 +14,7 @@ from finetune import schema
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 
-def _device(name: str) -> str:
+def device(name: str) -> str:
     if not re.fullmatch(r"auto|all|cpu|cuda(:\d+)?", name):
         raise ValueError("should be all, auto, cpu, cuda or cuda:N")
     return name
@@ -194,7 +194,7 @@ class Params(schema.Section):
     lr: Annotated[float, Field(gt=0)]
     momentum: Annotated[float, Field(ge=0, lt=1)]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
-    device: Annotated[str, AfterValidator(_device)]
+    device: Annotated[str, AfterValidator(device)]
     precision: Literal["fp32", "bf16", "auto"]
     keep: Literal["last", "best"]
     data: Data

@@ -164,36 +164,26 @@ def training_batches(store: ImageStore, settings: Params, epoch: int, first: int
         yield Batch(pictures, store.labels[visited.indices[part]], mixup)
 
 
-def plain_batches(
-    store: ImageStore, split: str, image_size: int, batch_size: int, crop: int | None = None, flip: bool = False
-) -> Iterator[Batch]:
-    """Yield a split's pictures in the store's order, cropped to their middle.
-
-    Or, with `crop`, to the one of that number of the five of `augment.five_crops`; mirrored where `flip` is set.
-    """
+def plain_batches(store: ImageStore, split: str, image_size: int, batch_size: int) -> Iterator[Batch]:
+    """Yield a split's pictures in the store's order, cropped to their middle."""
     indices = store.indices(split)
     indices = indices[distributed.rows(slice(0, len(indices)))]
     for start in range(0, len(indices), batch_size):
         part = indices[start : start + batch_size]
-        pictures = cropped(store, part, image_size, crop)
-        yield Batch(pictures.flip(-1) if flip else pictures, store.labels[part])
+        yield Batch(cropped([store[i] for i in part], image_size), store.labels[part])
 
 
-def cropped(store: ImageStore, indices: np.ndarray, image_size: int, crop: int | None = None) -> Tensor:
-    """Return pictures of the store, [n, 3, size, size] uint8, cropped as in `plain_batches`."""
-    heights, widths = store.heights[indices], store.widths[indices]
+def cropped(pictures: Sequence[np.ndarray], image_size: int, crop: int | None = None) -> Tensor:
+    """Return [height, width, 3] uint8 pictures cropped to their middle, [n, 3, size, size] uint8.
+
+    Or, with `crop`, to the one of that number of the five of `augment.five_crops`.
+    """
+    heights, widths = np.array([picture.shape[:2] for picture in pictures]).T
     if crop is None:
         boxes = augment.center_crops(heights, widths, image_size)
     else:
         boxes = augment.five_crops(heights, widths, image_size)[:, crop]
-    return augment.crop_resize([store[i] for i in indices], boxes, image_size)
-
-
-def views(store: ImageStore, split: str, image_size: int, batch_size: int, tta: str) -> list[Iterator[Batch]]:
-    """Return the ways in which test-time augmentation of that name shows a split's pictures, each as its batches."""
-    crops = range(5) if tta == "ten_crop" else [None]
-    flips = [False] if tta == "none" else [False, True]
-    return [plain_batches(store, split, image_size, batch_size, crop, flip) for crop in crops for flip in flips]
+    return augment.crop_resize(pictures, boxes, image_size)
 
 
 # Passes ---------------------------------------------------------------------------------------------------------------
