@@ -2,6 +2,7 @@
 # make demo        fine-tune two networks on drawn pictures, through the queue, and compare them
 # make team-demo   a team at work in a temporary folder: clones, a git remote and a DVC remote
 # make timm        timm's models, too (model_name timm:NAME)
+# make export      models as ONNX files, too (src/export.py --onnx)
 # make s3          DVC remotes on S3, and the server that their test talks to
 # make ray         Ray, for sweeps on more than one machine
 # make test        lint, format, types and all tests, those of the optional packages among them
@@ -9,7 +10,7 @@
 PYTHON ?= python3
 IN_VENV = PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: setup timm s3 ray demo team-demo test benchmark
+.PHONY: setup timm export s3 ray demo team-demo test benchmark
 setup: .venv/installed
 
 .venv/installed: requirements.txt
@@ -21,7 +22,7 @@ setup: .venv/installed
 	@touch $@
 	@echo "done. Now: . .venv/bin/activate && dvc exp run"
 
-timm s3 ray: %: .venv/installed-%
+timm export s3 ray: %: .venv/installed-%
 
 .venv/installed-%: requirements-%.txt .venv/installed
 	.venv/bin/pip install --quiet --disable-pip-version-check -r $<
@@ -33,7 +34,7 @@ demo: setup
 team-demo: setup
 	$(IN_VENV) python src/team_demo.py
 
-test: setup timm s3
+test: setup timm export s3
 	@$(MAKE) ray || echo "warning: no Ray for this Python, so the tests of a cluster are skipped" >&2
 	$(IN_VENV) ruff check .
 	$(IN_VENV) ruff format --check .
