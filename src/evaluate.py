@@ -43,7 +43,9 @@ def main() -> None:
         temporary.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def prediction_rows(split: str, paths: list[str], labels: np.ndarray, logits: np.ndarray, classes: list[str]):
+def prediction_rows(
+    split: str, paths: list[str], labels: np.ndarray, logits: np.ndarray, classes: list[str]
+) -> list[dict]:
     """Return a row a picture: split, path, label, prediction, a probability for each class, loss."""
     probabilities = np.exp(metrics.log_softmax(logits))
     losses = metrics.cross_entropy(logits, labels)

@@ -107,8 +107,10 @@ def as_onnx(program: torch.export.ExportedProgram, about: str, path: Path) -> Ca
 
     with told("torch.onnx"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own deprecations
-        names = {"input_names": [PICTURES], "output_names": [PROBABILITIES]}
-        onnx = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+        onnx = torch.onnx.export(
+            program, dynamo=True, verbose=False, input_names=[PICTURES], output_names=[PROBABILITIES]
+        )
+    assert onnx is not None  # as it is where no file is named
     onnx.model.metadata_props["about"] = about
     onnx.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

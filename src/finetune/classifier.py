@@ -79,7 +79,7 @@ def load(path: Path, device_name: str, precision: str | None = None) -> Classifi
     place = device.claim(device_name, runs.scratch() / "gpus")
     model = backbones.build(about["model_name"], len(about["classes"]), about["image_size"], Head(**about["head"]))
     backbones.load_tensors(model, tensors, strict=True)
-    model = model.to(place, memory_format=torch.channels_last).eval()
+    model = model.to(place).to(memory_format=torch.channels_last).eval()
     precision = precision or about.get("precision", "fp32")  # files of before it was noted
     return Classifier(device.in_precision(model, device.precision(precision, place)), about)
 
