@@ -12,21 +12,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune import augment, backbones, experiment, images, params, stage, training
+from finetune import augment, backbones, canvas, experiment, images, params, stage, training
+from finetune.canvas import GRAY, INK, PAPER, TILE, font, shortened
 from finetune.errors import UserError
 from finetune.files import replaced
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 MOST_CLASSES = 8
 ROWS = 4  # of all classes together, where --pictures does not say how many
-TILE = 144  # px; larger pictures are shown smaller, and small ones at a multiple of their size
 GAP, MARGIN, LINE = 8, 20, 18  # px: between tiles, around the sheet, of a line of text
-INK, GRAY, PAPER = (32, 32, 32), (115, 115, 115), (255, 255, 255)
 SPAN = 2.5  # the values from -SPAN to SPAN are shown from black to white
 
 
@@ -188,17 +186,13 @@ def values_strip(views: Sequence[View | None], mean: Sequence[float], std: Seque
 
 
 def tile(pixels: Tensor, size: int) -> Image.Image:
-    """Return [3, side, side] values of 0 to 1 as a square of about `size` px; small pictures show their pixels."""
-    array = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    picture, side = Image.fromarray(array), array.shape[0]
-    if side > size:
-        return picture.resize((size, size), Image.Resampling.LANCZOS)
-    return picture.resize((side * (size // side),) * 2, Image.Resampling.NEAREST)
+    """Return [3, side, side] values of 0 to 1 as a square of about `size` px."""
+    return canvas.tile((pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy(), size)
 
 
 def sheet(about: Sequence[str], headings: Sequence[str], strips: Sequence[Strip]) -> Image.Image:
     """Return the sheet: lines about all, a heading for each column, and the strips."""
-    title, text, small = (ImageFont.load_default(size) for size in (20, 13, 11))
+    title, text, small = font(19), font(12), font(10)
     sides = [max(tile.height for tile in strip.tiles if tile) for strip in strips]
     step = max(sides) + GAP
     width = 2 * MARGIN + len(headings) * step - GAP
@@ -209,8 +203,8 @@ def sheet(about: Sequence[str], headings: Sequence[str], strips: Sequence[Strip]
     draw = ImageDraw.Draw(picture)
     lefts = range(MARGIN, width - MARGIN, step)
 
-    def write(left: int, top: int, words: str, font: Font, color: tuple, room: int) -> None:
-        draw.text((left, top), shortened(words, font, room), color, font)
+    def write(left: int, top: int, words: str, style: canvas.Font, color: canvas.Color, room: int) -> None:
+        draw.text((left, top), shortened(words, style, room), color, style)
 
     draw.text((MARGIN, MARGIN), "What the network sees in training", INK, title)
     for number, line in enumerate(about):
@@ -226,15 +220,6 @@ def sheet(about: Sequence[str], headings: Sequence[str], strips: Sequence[Strip]
                 picture.paste(each, (left, top + LINE))
             write(left, top + LINE + side + 2, note, small, GRAY, step - GAP)
     return picture
-
-
-def shortened(words: str, font: Font, room: int) -> str:
-    """Return the words, or as many characters as there is room for, in px, and an ellipsis."""
-    if font.getlength(words) <= room:
-        return words
-    while words and font.getlength(words + "…") > room:
-        words = words[:-1]
-    return words + "…"
 
 
 if __name__ == "__main__":

@@ -107,6 +107,7 @@ def test_accepted(tmp_path, old, new, field, value):
         ("normalize: imagenet", "normalize: none", ["augment.normalize = 'none'", "'imagenet' or 'data'"]),
         ("min_delta: 0.0", "min_delta: -1", ["early_stopping.min_delta = -1"]),
         ("tta: none", "tta: five", ["evaluate.tta = 'five'", "'ten_crop'"]),
+        ("gallery: 12", "gallery: -1", ["evaluate.gallery = -1"]),
         ("weights: imagenet", "weights: ../x.pth", ["backbone.weights = '../x.pth'", "weights/"]),
         ("image_size: 224", "image_size: 300", ["data.image_size = 300 is larger than data.resize = 256"]),
         ("val_fraction: 0.2", "val_fraction: 1.0", ["data.val_fraction = 1.0"]),

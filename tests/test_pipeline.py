@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 
 COLUMNS = ["step", "acc", "loss", "training_time", "val_acc", "val_loss", "lr"]
 COLUMNS += ["eval.acc", "eval.loss", "eval.f1", "eval.auroc", "eval.ece"]
+PICTURES = "results/evaluate/pictures"
 TINY = {
     "model_name": "squeezenet",
     "num_epochs": 2,
@@ -88,8 +89,12 @@ def test_the_walkthrough(tmp_path):
     assert "eval.auroc" in dvc(project, "metrics", "show")
     plots = json.loads(dvc(project, "plots", "diff", first["Experiment"], "--json"))
     assert not plots.get("errors")
-    assert set(plots["data"]) == {name for plot in read_yaml(project / "dvc.yaml")["plots"] for name in plot}
-    assert all(first["Experiment"] in plot["revisions"] for (plot,) in plots["data"].values())
+    drawn = {f"{PICTURES}/{name}.png" for name in ("calibration", "confusion", "highest_loss", "precision_recall",
+                                                   "random", "roc")}  # fmt: skip
+    listed = {name for plot in read_yaml(project / "dvc.yaml")["plots"] if plot != PICTURES for name in plot}
+    assert set(plots["data"]) == listed | drawn
+    revisions = {name: {each for plot in found for each in plot["revisions"]} for name, found in plots["data"].items()}
+    assert all({first["Experiment"], "workspace"} <= each for each in revisions.values())
 
     dvc(project, "exp", "apply", first["Experiment"])
     assert json.loads((project / "results/train/metrics.json").read_text())["val_acc"] == float(first["val_acc"])

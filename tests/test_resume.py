@@ -376,7 +376,7 @@ USED = [  # settings of which some have a say only where another one says so; an
 ]
 CONDITIONAL = set().union(*(keys for _, keys in USED))
 ASIDE = runs.ASIDE | {f"{group}.{name}" for group, names in runs.ASIDE_IN_GROUPS.items() for name in names}
-ASIDE |= {"evaluate.tta"}
+ASIDE |= {"evaluate.tta", "evaluate.gallery"}
 
 
 @pytest.fixture

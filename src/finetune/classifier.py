@@ -25,6 +25,11 @@ class Classifier:
     about: dict  # what its file says: model_name, classes, resize and image_size (px), mean, std, …
 
     @property
+    def network(self) -> nn.Module:
+        """The network itself, whatever precision `model` computes in."""
+        return self.model.network if isinstance(self.model, device.InBfloat16) else self.model
+
+    @property
     def classes(self) -> list[str]:
         """The names that the columns of logits and probabilities stand for."""
         return self.about["classes"]

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+BINS = 15  # of confidence, for the calibration
+
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Return the log probabilities of the classes, [n, classes] float64."""
@@ -32,15 +34,20 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
     return float((logits.argmax(axis=1) == labels).mean())
 
 
-def expected_calibration_error(logits: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
-    """Return the mean gap between confidence and accuracy, in `bins` of equal width weighted by their pictures.
+def confidence(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the probability of each picture's prediction, [n], and which of BINS of equal width it is in, [n]."""
+    largest = np.exp(log_softmax(logits).max(axis=1))
+    return largest, np.minimum((largest * BINS).astype(int), BINS - 1)
+
+
+def expected_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Return the mean gap between confidence and accuracy, in BINS of equal width weighted by their pictures.
 
     Guo et al. 2017, arXiv:1706.04599.
     """
-    confidence = np.exp(log_softmax(logits).max(axis=1))
+    largest, bin_of = confidence(logits)
     correct = logits.argmax(axis=1) == labels
-    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = np.bincount(bin_of, weights=confidence - correct, minlength=bins)
+    gaps = np.bincount(bin_of, weights=largest - correct, minlength=BINS)
     return float(np.abs(gaps).sum() / len(labels))
 
 

@@ -182,6 +182,7 @@ class Evaluate(schema.Section):
     """The group `evaluate`: how the finished model is measured."""
 
     tta: Literal["none", "flip", "ten_crop"]
+    gallery: Annotated[int, Field(ge=0)]
 
 
 class Params(schema.Section):
