@@ -2,7 +2,7 @@
 
 import preview
 from finetune import augment, params, training
-from helpers import ROOT, make_pictures, run, write_params
+from helpers import ROOT, make_pictures, run, run_forked, write_params
 
 import numpy as np
 import pytest
@@ -27,19 +27,18 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
     make_pictures(folder / "pictures", {"train/ants": 6, "train/bees": 7, "val/ants": 3, "val/bees": 4}, size=36)
     write_params(folder, **SETTINGS)
-    result = run("prepare.py", folder)
-    assert result.returncode == 0, result.stderr
+    run_forked(folder, "prepare")
     return folder
 
 
 def files(folder) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    found = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if name != "printed.txt"}
 
 
 def sheet(folder, *arguments) -> np.ndarray:
     """Return the pixels of the sheet that the script makes with these arguments."""
-    result = run("preview.py", folder, "--output", "sheet.png", *arguments)
-    assert result.returncode == 0, result.stderr
+    run_forked(folder, "preview", "--output", "sheet.png", *arguments)
     with Image.open(folder / "sheet.png") as picture:
         return np.asarray(picture)
 
@@ -68,7 +67,7 @@ def test_the_sheet_is_all_that_is_written_and_the_same_each_time(prepared):
         assert picture.format == "PNG"
         assert picture.width == 2 * preview.MARGIN + 4 * SIDE + 3 * preview.GAP
         assert picture.height > 4 * SIDE
-    run("preview.py", prepared, "--epochs", "3")
+    run_forked(prepared, "preview", "--epochs", "3")
     assert files(prepared) == before | {"results/preview.png": made}
 
 
@@ -95,11 +94,10 @@ def test_more_pictures_make_more_rows_and_more_epochs_more_columns(prepared, pla
 )
 def test_a_wrong_setting_is_an_error_in_a_few_lines(prepared, change, words):
     before = files(prepared)
-    result = run("preview.py", prepared, "-S", change)
-    assert result.returncode == 1
-    assert words in result.stderr
-    assert len(result.stderr.splitlines()) <= 3
-    assert "Traceback" not in result.stderr
+    printed = run_forked(prepared, "preview", "-S", change, status=1)
+    assert words in printed
+    assert len(printed.splitlines()) <= 3
+    assert "Traceback" not in printed
     assert files(prepared) == before
 
 

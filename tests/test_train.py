@@ -10,7 +10,7 @@ from pathlib import Path
 import helpers
 from finetune import augment, backbones, checkpoint, dropout
 from finetune.images import ImageStore
-from helpers import ROOT, make_pictures, run, write_params
+from helpers import ROOT, make_pictures, run_forked, write_params
 
 import pytest
 import torch
@@ -26,18 +26,17 @@ TINY = helpers.TINY | {
 PROXY = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy")}  # refuses: no network
 
 
-def stage(script, folder, **variables):
-    result = run(script, folder, **variables)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+def stage(script: str, folder: Path, status: int = 0, **variables: str) -> str:
+    """Run a script with an empty cache unless told otherwise; return what it printed."""
+    variables = {"XDG_CACHE_HOME": str(folder / "cache")} | variables
+    return run_forked(folder, script.removesuffix(".py"), status=status, **variables)
 
 
-def refused(script, folder, **variables) -> str:
+def refused(script: str, folder: Path, **variables: str) -> str:
     """Return the error of a script that must fail, in a few lines and without a traceback."""
-    result = run(script, folder, **variables)
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
-    message = result.stderr[result.stderr.index("error: ") :]
+    printed = stage(script, folder, status=1, **variables)
+    assert "Traceback" not in printed
+    message = printed[printed.index("error: ") :]
     assert len(message.splitlines()) <= 3
     return message
 
@@ -207,9 +206,7 @@ def test_num_classes_must_fit_the_store(fresh):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_cuda_asked_for_and_not_there(fresh):
     write_params(fresh, **TINY | {"device": "cuda"})
-    assert "device = 'cuda', but torch finds no CUDA device here. Set device to auto or cpu" in refused(
-        "train.py", fresh
-    )
+    assert "device = 'cuda', but torch finds no CUDA device here. Set it to auto or cpu" in refused("train.py", fresh)
 
 
 def test_an_unknown_model_names_the_nearest(fresh):
