@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -287,6 +288,26 @@ def dvc(folder: Path, *arguments: str, status: int = 0, **variables: str) -> str
     result = subprocess.run(["dvc", *arguments], cwd=folder, env=as_user(folder) | variables, timeout=300, **outputs)
     assert result.returncode == status, result.stdout
     return result.stdout
+
+
+def typed(folder: Path, line: str, status: int = 0, **variables: str) -> str:
+    """Type a line as a user who stands in a folder does; return what it printed."""
+    identity = {f"GIT_{role}_{key}": f"tester@{key}" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
+    with tempfile.TemporaryFile("w+") as file:  # a pipe would be held open by what `dvc queue start` starts
+        outputs = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+        environ = as_user(folder) | identity | variables
+        result = subprocess.run(["bash", "-ec", line], cwd=folder, env=environ, timeout=900, **outputs)
+        file.seek(0)
+        printed = file.read()
+    assert result.returncode == status, f"{line}\n{printed}"
+    return printed
+
+
+def have_environment(project: Path) -> None:
+    """Have a project's `make setup` find the environment made: that of the tests, which is on PATH anyway."""
+    (project / ".venv/bin").mkdir(parents=True)
+    (project / ".venv/bin/activate").touch()
+    (project / ".venv/installed").touch()
 
 
 def wait_for(found: Callable[[], T], seconds: float = 200) -> T:

@@ -4,8 +4,9 @@ import csv
 import json
 import re
 
+from documents import block
 from finetune import checkpoint
-from helpers import clone, dvc, git, start_queue, wait_for_queue
+from helpers import clone, dvc, git, typed, wait_for_queue
 
 import pytest
 import torch
@@ -34,45 +35,43 @@ def trained(printed: str) -> list[str]:
 
 
 def test_the_walkthrough_of_resume(tmp_path):
-    project = clone(tmp_path / "project", **TINY)
-    dvc(project, "exp", "run")
+    """The document's commands as they stand there, on small pictures."""
+    project = clone(tmp_path / "project", **TINY | {"model_name": "mobilenet_v3_small", "num_epochs": 1})
+    lines = block("docs/resuming.md", "dvc exp run -S resume=last").lines
+    run, slower, longer, from_scratch, to_queue, start, show = lines
+    assert trained(typed(project, run)) == ["1"]
     first = newest(project)["Experiment"]
     assert "continues" not in metrics(project)
 
-    printed = dvc(project, "exp", "run", "-S", "resume=last", "-S", "lr=0.01")
-    assert trained(printed) == ["3", "4"]
+    assert trained(typed(project, slower)) == ["2"]
     second = newest(project)["Experiment"]
-    assert (metrics(project)["step"], metrics(project)["continues"]) == (3, first)
-    assert steps(project) == ["0", "1", "2", "3"]
-    assert trained(dvc(project, "exp", "run", "-S", "num_epochs=1")) == ["5"]
+    assert (metrics(project)["step"], metrics(project)["continues"]) == (1, first)
+    assert steps(project) == ["0", "1"]
+    assert trained(typed(project, longer)) == ["3", "4"]
     assert metrics(project)["continues"] == second
     lineage = checkpoint.load(project / "models/checkpoint.pt")["lineage"]
-    assert [(run["name"], run["epochs"]) for run in lineage] == [(first, 2), (second, 4)]
+    assert [(run["name"], run["epochs"]) for run in lineage] == [(first, 1), (second, 2)]
 
-    printed = dvc(project, "exp", "run", "-S", "resume=never", "-S", "model_name=mobilenet_v3_small")
-    assert trained(printed) == ["1"]
-    assert steps(project) == ["0"]
+    assert trained(typed(project, from_scratch)) == ["1", "2"]
+    assert steps(project) == ["0", "1"]
+    here = newest(project)["Experiment"]
+    typed(project, to_queue)
 
     # On top of an experiment, by its name; what does not fit or is not there says so, and the workspace stays.
     printed = dvc(project, "exp", "run", "-S", f"resume={first}", status=255)
-    assert f"error: resume = {first}: that checkpoint is of squeezenet1_1 (ants, bees; " in printed
-    printed = dvc(project, "exp", "run", "-S", f"resume={first[:-1]}x", "-S", "model_name=squeezenet", status=255)
+    assert f"error: resume = {first}: that checkpoint is of mobilenet_v3_small (ants, bees; " in printed
+    arguments = ["-S", "model_name=mobilenet_v3_small", "-S", "num_epochs=1", "-S", "lr=0.02"]
+    printed = dvc(project, "exp", "run", "-S", f"resume={first[:-1]}x", *arguments, status=255)
     assert f"Nearest: {first}" in printed
-    assert trained(dvc(project, "exp", "run", "-S", f"resume={first}")) == ["3"]
-    assert (metrics(project)["step"], metrics(project)["continues"]) == (2, first)
+    assert trained(dvc(project, "exp", "run", "-S", f"resume={first}", *arguments)) == ["2"]
+    assert (metrics(project)["step"], metrics(project)["continues"]) == (1, first)
 
     # In the queue, `last` is the workspace's checkpoint of when the experiment was queued.
-    here = newest(project)["Experiment"]
-    dvc(project, "exp", "run", "--queue", "-S", "resume=last,auto", "-S", "lr=0.02")
-    dvc(project, "exp", "run", "-S", "resume=auto")
-    start_queue(project, jobs=2)
+    typed(project, start)
     assert wait_for_queue(project).count("Success") == 2
-    rows = {row["resume"]: row for row in experiments(project) if row["lr"] == "0.02"}
-    assert (rows["last"]["step"], rows["last"]["continues"]) == ("3", here)
-    assert (rows["auto"]["step"], rows["auto"]["continues"]) == ("0", "")
-
-    table = dvc(project, "exp", "show", "--no-pager", "--only-changed", "--drop", "src|data|models|weights|Created")
-    assert re.search(r"\bstep .*\bcontinues .*\bresume\b", table)
+    rows = [row for row in experiments(project) if row["lr"] in ("0.0001", "0.003")]
+    assert [(row["step"], row["continues"]) for row in rows] == [("3", here)] * 2
+    assert re.search(r"\bstep .*\bcontinues .*\bresume\b", typed(project, show))
 
 
 def test_last_without_a_run_before_says_so(tmp_path):

@@ -6,12 +6,11 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+from documents import block
 from finetune import datasets
-from helpers import clone, dvc, git, make_pictures, start_queue, wait_for_queue, write_params
+from helpers import clone, dvc, git, have_environment, make_pictures, typed, wait_for_queue
 
 import pytest
 import torch
@@ -45,67 +44,69 @@ def experiments(folder: Path) -> list[dict[str, str]]:
 
 
 def test_the_walkthrough(tmp_path):
-    project = clone(tmp_path / "project", **TINY)
+    """The README's commands as they stand there, on small pictures."""
+    project = clone(tmp_path / "project", **TINY | {"model_name": "mobilenet_v3_small", "num_epochs": 1})
+    have_environment(project)
 
-    printed = dvc(project, "exp", "run")
-    assert "Experiment results have been applied to your workspace" in printed
+    setup, run = block("README.md", "make setup && ").lines
+    assert "installing" not in typed(project, setup)
+    assert "Experiment results have been applied to your workspace" in typed(project, run)
     assert git(project, "status", "--short").split() == ["M", "dvc.lock", "??", "results/"]
     (first,) = experiments(project)
     assert first.keys() >= set(COLUMNS)
-    assert (first["step"], first["lr"]) == ("1", "0.001")
+    assert (first["step"], first["lr"]) == ("0", "0.001")
 
-    write_params(project, **TINY, lr=0.009, momentum=0.017)
-    printed = dvc(project, "exp", "run")
+    show, edit, again, other_settings, other_network, *queue = block("README.md", "sed -i").lines
+    assert first["Experiment"] in typed(project, show)
+    typed(project, edit)
+    printed = typed(project, again)
     assert "Stage 'prepare' didn't change, skipping" in printed
     assert "Stage 'backbone' didn't change, skipping" in printed
-    printed = dvc(project, "exp", "run", "-S", "lr=0.025", "-S", "momentum=0.5", "-S", "num_epochs=1")
-    assert "epoch 1/1" in printed
-    printed = dvc(project, "exp", "run", "-S", "model_name=mobilenet_v3_small")
-    assert "mobilenet_v3_small: 0 pretrained parameters" in printed
+    assert "epoch 2/2" in typed(project, other_settings)
+    assert "squeezenet1_1: 0 pretrained parameters" in typed(project, other_network)
     assert [row["lr"] for row in experiments(project)] == ["0.025", "0.025", "0.009", "0.001"]
 
-    dvc(project, "exp", "run", "--queue", "-S", "lr=0.0001", "-S", "momentum=0.9", "-S", "num_epochs=1")
-    printed = dvc(project, "exp", "run", "--queue", "-S", "lr=0.001,1e30")
-    failing = re.findall(r"Queued experiment '([^']+)'", printed)[1]
-    assert dvc(project, "exp", "show", "--no-pager").count("Queued") == 3
-    dvc(project, "exp", "run", "--run-all")
-    status = wait_for_queue(project)
-    assert status.count("Success") == 2
-    assert re.search(rf"{failing}\s.*Failed", status)
-    log = dvc(project, "queue", "logs", failing)
-    assert "error: the loss in epoch 1, step " in log
-    assert "Traceback" not in log
+    *to_queue, show, follow, to_queue_more, start, status, table = queue
+    for line in to_queue:
+        typed(project, line)
+    assert typed(project, show).count("Queued") == 3
+    typed(project, follow)
+    assert wait_for_queue(project).count("Success") == 3
+    typed(project, to_queue_more)
+    typed(project, start)
+    assert re.search("Running|Queued", typed(project, status))
+    assert wait_for_queue(project).count("Success") == 5
+    rows = experiments(project)
+    assert len(rows) == 9
+    assert not any(row.get("continues") for row in rows)
+    printed = typed(project, table)
+    assert re.search(r"Experiment .*\bacc .*\bval_acc .*\blr ", printed)
+    assert not re.search(r"num_classes|src/|models/|params\.yaml:", printed)
 
-    dvc(project, "exp", "run", "--queue", "-S", "lr=0.002,0.003")
-    start_queue(project, jobs=2)
-    assert wait_for_queue(project).count("Success") == 4
-    assert len([row for row in experiments(project) if row["State"] != "Failed"]) == 8
-
-    table = dvc(project, "exp", "show", "--no-pager", "--only-changed", "--sort-by", "val_acc", "--sort-order", "desc",
-                "--drop", "src|data|models|weights|Created")  # fmt: skip
-    assert re.search(r"Experiment .*\bacc .*\bval_acc .*\blr ", table)
-    assert not re.search(r"num_classes|src/|models/|params\.yaml:", table)
-    assert "momentum" in dvc(project, "exp", "diff", first["Experiment"])
-    assert "eval.auroc" in dvc(project, "metrics", "show")
-    plots = json.loads(dvc(project, "plots", "diff", first["Experiment"], "--json"))
+    (other,) = (row for row in rows if (row["model_name"], row["lr"]) == ("squeezenet", "0.001"))
+    names = {"urban-yank": first["Experiment"], "agley-scut": other["Experiment"]}
+    lines = block("README.md", "dvc exp diff").lines
+    lines = [re.sub("|".join(names), lambda match: names[match[0]], line) for line in lines]
+    diff, metrics, plots, apply, branch, repro = lines
+    assert "momentum" in typed(project, diff)
+    assert "eval.auroc" in typed(project, metrics)
+    plots = json.loads(typed(project, plots.partition("#")[0] + " --json"))
     assert not plots.get("errors")
     drawn = {f"{PICTURES}/{name}.png" for name in ("calibration", "confusion", "highest_loss", "precision_recall",
                                                    "random", "roc")}  # fmt: skip
     listed = {name for plot in read_yaml(project / "dvc.yaml")["plots"] if plot != PICTURES for name in plot}
     assert set(plots["data"]) == listed | drawn
-    revisions = {name: {each for plot in found for each in plot["revisions"]} for name, found in plots["data"].items()}
-    assert all({first["Experiment"], "workspace"} <= each for each in revisions.values())
-
-    dvc(project, "exp", "apply", first["Experiment"])
-    assert json.loads((project / "results/train/metrics.json").read_text())["val_acc"] == float(first["val_acc"])
-    dvc(project, "exp", "branch", first["Experiment"], "best")
+    revisions = [{each for plot in found for each in plot["revisions"]} for found in plots["data"].values()]
+    assert all(each == {*names.values()} for each in revisions)
+    typed(project, apply)
+    assert json.loads((project / "results/train/metrics.json").read_text())["val_acc"] == float(other["val_acc"])
+    typed(project, branch)
     assert "best" in git(project, "branch")
-    assert "Data and pipelines are up to date" in dvc(project, "repro")
+    assert "Data and pipelines are up to date" in typed(project, repro)
 
     # The same experiment again, from another workspace and though it was removed: it is not trained twice.
     dvc(project, "exp", "remove", "-A")
-    printed = dvc(project, "exp", "run", "--temp", "-S", "lr=0.003", "-S", "model_name=mobilenet_v3_small",
-                  "-S", "momentum=0.5", "-S", "num_epochs=1")  # fmt: skip
+    printed = dvc(project, "exp", "run", "--temp", "-S", "lr=0.025", "-S", "seed=1")
     assert "this run is finished, nothing to train" in printed
 
     # A key that no stage knows is an error, though nothing else has changed.
@@ -138,12 +139,14 @@ def test_relative_paths_of_data_and_weights_hold_in_the_queue(tmp_path):
 
 def test_a_folder_of_ones_own(tmp_path):
     project = clone(tmp_path / "project", **TINY)
-    make_pictures(project / "data/flowers", {"daisy": 5, "rose": 5, "tulip": 5}, size=40)
+    kinds = ["aster", "daisy", "lily", "rose", "tulip"]
+    make_pictures(project / "data/flowers", dict.fromkeys(kinds, 5), size=40)
     printed = dvc(project, "exp", "run", "-S", "data.source=data/flowers", status=255)
-    assert "data/flowers has 3 classes (daisy, rose, tulip): set it with -S num_classes=3" in printed
-    dvc(project, "exp", "run", "-S", "data.source=data/flowers", "-S", "num_classes=3")
+    assert f"data/flowers has 5 classes ({', '.join(kinds)}): set it with -S num_classes=5" in printed
+    (line,) = block("README.md", "dvc exp run -S data.source=data/flowers").lines
+    typed(project, line)
     manifest = json.loads((project / "data/prepared/manifest.json").read_text())
-    assert manifest["counts"]["val"] == {"daisy": 1, "rose": 1, "tulip": 1}
+    assert manifest["counts"]["val"] == dict.fromkeys(kinds, 1)
 
 
 def test_the_demo_learns_and_leaves_the_workspace_as_it_was(tmp_path):
@@ -152,19 +155,17 @@ def test_the_demo_learns_and_leaves_the_workspace_as_it_was(tmp_path):
         (project / "params.yaml").read_text().replace("num_classes: 2", "num_classes: 5")
     )
     before = git(project, "status", "--short"), git(project, "stash", "list"), git(project, "rev-parse", "HEAD")
-    environ = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    have_environment(project)
+    make_demo = block("README.md", "make demo").lines[0]
     for _ in range(2):  # the second time, the results are there
-        result = subprocess.run(
-            [sys.executable, "src/demo.py"], cwd=project, env=environ, capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
-        assert "dvc exp run" in result.stdout
-        accuracies = re.findall(r"^(alexnet|squeezenet) \(.*\): val_acc (0\.\d+|1\.0+)$", result.stdout, re.MULTILINE)
+        printed = typed(project, make_demo)
+        assert "dvc exp run" in printed
+        accuracies = re.findall(r"^(alexnet|squeezenet) \(.*\): val_acc (0\.\d+|1\.0+)$", printed, re.MULTILINE)
         assert [model for model, _ in accuracies] == ["alexnet", "squeezenet"]
         assert all(float(accuracy) >= 0.9 for _, accuracy in accuracies)
         after = git(project, "status", "--short"), git(project, "stash", "list"), git(project, "rev-parse", "HEAD")
         assert after == before
-    assert result.stdout.count("this run is finished, nothing to train") == 2
+    assert printed.count("this run is finished, nothing to train") == 2
 
 
 @pytest.mark.skipif(

@@ -37,7 +37,9 @@ def test_what_waits_runs_fails_and_is_stopped(tmp_path):
         "good": "Success",
     }
     assert [row["Experiment"] for row in experiments(project) if row["State"] != "Failed"] == ["good"]
-    assert "the loss" in dvc(project, "queue", "logs", "bad")
+    log = dvc(project, "queue", "logs", "bad")
+    assert "error: the loss in epoch 1, step " in log
+    assert "Traceback" not in log
     assert re.search(r"stopped in epoch \d+ of 500 .*all of them saved", dvc(project, "queue", "logs", "long"))
     dvc(project, "queue", "remove", "--failed")
     assert names(project, "Failed") == []
@@ -50,4 +52,7 @@ def test_what_waits_runs_fails_and_is_stopped(tmp_path):
     wait_for(lambda: running in names(project, "Success"))
     time.sleep(2)
     assert len(names(project, "Queued")) == 1
-    assert "0 active, 0 idle" in dvc(project, "queue", "status")
+    dvc(project, "queue", "remove", "--queued")
+    status = dvc(project, "queue", "status")
+    assert "Queued" not in status
+    assert "0 active, 0 idle" in status

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import ProxyHandler, Request, build_opener
 
+from documents import block
 from finetune import datasets
-from helpers import ROOT, as_user, clone, differences, dvc, git, make_pictures, results
+from helpers import ROOT, as_user, clone, differences, dvc, git, make_pictures, results, typed
 
 import pytest
 from ruamel.yaml import YAML
@@ -102,6 +103,16 @@ def test_two_work_together(team, tmp_path):
     assert "Local experiment first has diverged" in dvc(cleo, "exp", "push", "origin", "first")
     assert git(team.git, "for-each-ref", "refs/exps") == before
 
+    # Of two branches that conflict, the one that is to win; and an experiment out of the remote again.
+    dvc(ben, "exp", "branch", "second", "slower-learning")
+    git(ben, "checkout", "-qf", "-b", "ours", "origin/kept")
+    merge, *lines = block("docs/teams.md", "git merge").lines
+    assert "Merge conflict in params.yaml" in typed(ben, merge, status=1)
+    printed = [typed(ben, line) for line in lines]
+    assert "Data and pipelines are up to date" in printed[-1]
+    dvc(cleo, "exp", "remove", "-g", "origin", "second")
+    assert "/second" not in git(team.git, "for-each-ref", "refs/exps")
+
 
 def test_without_the_storage_the_numbers_are_trained_anew_to_the_bit(team, tmp_path):
     ben = join(team, tmp_path / "ben")
@@ -112,7 +123,7 @@ def test_without_the_storage_the_numbers_are_trained_anew_to_the_bit(team, tmp_p
     assert "Checkout failed for following targets" in printed
     assert "models/model.safetensors" in printed
 
-    printed = dvc(ben, "exp", "run", DATA_ARCHIVE=str(team.archive))  # with the settings of `first`
+    printed = dvc(ben, "repro", "--force", DATA_ARCHIVE=str(team.archive))  # with the settings of `first`
     assert trained(printed) == ["1", "2"]
     assert differences(results(ben), team.first) == []
 
@@ -141,12 +152,15 @@ def test_a_remote_that_refuses_is_an_error(team, tmp_path):
 
 def test_the_registry_hands_out_the_model(team, tmp_path):
     ben = join(team, tmp_path / "ben", "kept")
-    for command in ("gto register image-classifier", "gto assign image-classifier --stage prod"):
-        subprocess.run(command.split(), cwd=ben, env=as_user(ben), check=True, capture_output=True)
-    git(ben, "push", "-q", "--tags", "origin")
-    dvc(tmp_path, "artifacts", "get", str(team.git), "image-classifier", "--stage", "prod", "-o", "served.safetensors")
-    assert (tmp_path / "served.safetensors").read_bytes() == team.first["weights"]
-    assert "v0.0.1" in git(team.git, "tag")
+    for line in block("docs/teams.md", "gto register").lines:
+        printed = typed(ben, line.replace("main", "kept"))  # there is no pull request that was merged
+    assert "v1.0.0" in printed
+    for line in block("docs/teams.md", "dvc artifacts get").lines:
+        typed(tmp_path, line.replace("https://github.com/team/project", str(team.git)))
+        served = tmp_path / "model.safetensors"
+        assert served.read_bytes() == team.first["weights"]
+        served.unlink()
+    assert "image-classifier@v1.0.0" in git(team.git, "tag")
 
 
 def test_the_workflow_comments_the_table_of_a_pull_request(team, tmp_path):
