@@ -29,6 +29,7 @@ from ruamel.yaml import YAML
 from torch import nn
 
 KNOWN = {".", "dvc", "export", "find", "gh", "git", "gto", "make", "pytest", "python", "ray", "rm", "sed"}
+ENVIRONMENTS = {"setup", "export", "ray", "timm"}  # targets that `make test` makes
 ALL_BLOCKS = [block for name in NAMES for block in blocks(name)]
 GROUPS = {"artifacts", "exp", "metrics", "params", "plots", "queue", "remote"}
 
@@ -95,10 +96,10 @@ def test_each_command_is_one_that_there_is(tmp_path, monkeypatch):
                             patch.setattr(argparse.ArgumentParser, "parse_args", stop)
                         check(words, tmp_path)
                 except (Refused, UserError, DvcException) as error:
-                    if in_block or "arguments are required" not in str(error):  # a sentence may name a command alone
+                    if in_block or "required" not in str(error):  # a sentence may name a command alone
                         wrong[f"{name}: {line}"] = str(error)
     assert len(taken) > 150
-    assert wrong == {}
+    assert wrong == {}, wrong
 
 
 def check(words: list[str], folder: Path) -> None:
@@ -165,7 +166,7 @@ def test_each_block_names_the_test_that_runs_it_or_why_none_does():
         for words in (words for line in block.lines for words in commands(line)):
             if not all(re.search(rf"(?<![\w-]){re.escape(each)}(?![\w-])", code) for each in essence(words)):
                 wrong[str(block)] = f"{block.run_by} have no {' '.join(words)}"
-    assert wrong == {}
+    assert wrong == {}, wrong
 
 
 def essence(words: list[str]) -> list[str]:
@@ -177,7 +178,7 @@ def essence(words: list[str]) -> list[str]:
         case ["python", script, *_]:
             return [Path(script).stem, *options]
         case ["make", *targets]:
-            return [f"make {targets[0]}"] if targets[0] != "setup" else []
+            return [f"make {target}" for target in targets if target not in ENVIRONMENTS]
         case ["export", variable]:
             return [variable.partition("=")[0]]
         case ["gto", name, *_]:
