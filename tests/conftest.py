@@ -2,7 +2,8 @@
 
 import math
 
-LONG = ("test_pipeline", "test_lineage", "test_summarize")  # through DVC, and without a fixture that takes long
+# Through DVC, and without a fixture that takes long.
+LONG = ("test_pipeline", "test_lineage", "test_queue", "test_ray", "test_summarize", "test_sweep")
 
 
 def pytest_collection_modifyitems(config, items):
