@@ -42,6 +42,7 @@ class Side:
 
     @property
     def name(self) -> str:
+        """That of the experiment that was named."""
         return self.experiment.name
 
     @property
@@ -52,6 +53,7 @@ class Side:
 
     @property
     def accuracies(self) -> dict[str, float]:
+        """The share of pictures that are right, of each run."""
         return {run: float(each.correct.mean()) for run, each in self.predictions.items()}
 
 

@@ -17,6 +17,7 @@ from finetune.images import ImageStore
 from finetune.tables import csv_text
 
 import numpy as np
+from tqdm import tqdm
 
 OUTPUT = Path("results/evaluate")
 PICTURES = OUTPUT / "pictures"
@@ -32,7 +33,8 @@ def main() -> None:
         indices = store.indices(split)
         if not len(indices):
             continue
-        logits = np.concatenate(list(model.logits((store[i] for i in indices), settings.evaluate.tta)))
+        bar = tqdm(indices, f"predict {split}", unit=" pictures", delay=2, leave=False, disable=None)
+        logits = np.concatenate(list(model.logits((store[i] for i in bar), settings.evaluate.tta)))
         paths = [store.paths[i] for i in indices]
         done[split] = pictures.Evaluated(store.labels[indices], logits, paths, store.classes)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in done[split].metrics.items())

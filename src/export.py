@@ -11,6 +11,7 @@ shorter side of `resize` and cropped to its middle first. What was written is ru
 
 import io
 import json
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,6 +56,7 @@ def main() -> None:
     source = models.path(arguments)
     model = classifier.load(source, "cpu", "fp32")
     about = {key: model.about[key] for key in ("model_name", "classes", "resize", "image_size", "digest")}
+    print(f"exporting {source}: up to half a minute", file=sys.stderr)
     network = Exported(model).to(memory_format=torch.contiguous_format).eval()
     examples = pictures(about["image_size"])
     with torch.no_grad():

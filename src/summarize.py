@@ -83,6 +83,8 @@ def main() -> None:
 
 def exp_show(all_commits: bool) -> list[dict]:
     """Return what `dvc exp show --json` says. Raises UserError where dvc does."""
+    if sys.stderr.isatty():
+        print("reading the experiments, which takes some seconds", file=sys.stderr)
     command = [sys.executable, "-m", "dvc", "exp", "show", "--json", *(["-A"] if all_commits else [])]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:

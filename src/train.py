@@ -10,13 +10,14 @@ models/checkpoint.pt, and its weights models/model.safetensors.
 """
 
 import contextlib
+import datetime
 import math
 import os
 import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from finetune import (
@@ -205,7 +206,8 @@ def train(
             batches = watched(this.training_batches(epoch, first=sums.steps), sums)
             with tqdm(total=steps, initial=sums.steps, desc=f"epoch {epoch + 1}/{epochs}", disable=None) as bar:
                 this.train_epoch(optimizer, schedule, batches, sums, bar)
-            batches = this.val_batches()
+            total, what = len(this.store.indices("val")), f"epoch {epoch + 1}/{epochs}, validation"
+            batches = counted(this.val_batches(), total, what)
             if distributed.size() == 1:  # of several processes, each may have another number of them
                 batches = watched(batches, sums)
             val_loss, val_acc = this.validate(batches)
@@ -233,9 +235,25 @@ def train(
                 log(live, row)
             tqdm.write(
                 f"epoch {epoch + 1}/{epochs}: loss {row['loss']:.4f}  acc {row['acc']:.4f}  "
-                f"val_loss {row['val_loss']:.4f}  val_acc {row['val_acc']:.4f}  {row['training_time']:.1f} s"
+                f"val_loss {row['val_loss']:.4f}  val_acc {row['val_acc']:.4f}  "
+                f"{row['training_time']:.1f} s{time_left(session.history, epochs)}"
             )
         writer.wait()
+
+
+def counted(batches: Iterator[training.Batch], pictures: int, what: str) -> Iterator[training.Batch]:
+    """Yield the batches, and show on a terminal how far they are, where that takes a while."""
+    with tqdm(total=pictures, desc=what, unit=" pictures", delay=2, leave=False, disable=None) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(len(batch.labels))
+
+
+def time_left(history: Sequence[dict], epochs: int) -> str:
+    """Return how long the epochs to come take if each does as the last one did; '' of a moment."""
+    before, last = [0.0, *(row["training_time"] for row in history)][-2:]
+    seconds = round((last - before) * (epochs - len(history)))
+    return f", about {datetime.timedelta(seconds=seconds)} left" if seconds >= 2 else ""
 
 
 @contextlib.contextmanager

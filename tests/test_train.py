@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import helpers
+import train
 from finetune import augment, backbones, checkpoint, dropout
 from finetune.images import ImageStore
 from helpers import ROOT, make_pictures, run_forked, write_params
@@ -79,6 +80,19 @@ def test_every_epoch_is_logged(trained):
             rows = list(csv.DictReader(file, delimiter="\t"))
         assert [row["step"] for row in rows] == ["0", "1"]
         assert float(rows[-1][name]) == pytest.approx(latest.get(name, 0.001))
+
+
+@pytest.mark.parametrize(
+    ("times", "epochs", "words"),
+    [
+        ([10.0], 5, ", about 0:00:40 left"),
+        ([10.0, 1810.0], 4, ", about 1:00:00 left"),
+        ([10.0, 10.4], 5, ""),
+        ([10.0, 20.0], 2, ""),
+    ],
+)
+def test_an_epochs_line_says_how_long_the_others_take(times, epochs, words):
+    assert train.time_left([{"training_time": each} for each in times], epochs) == words
 
 
 def test_the_checkpoint_has_what_training_on_needs(trained):

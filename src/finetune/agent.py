@@ -132,10 +132,12 @@ class Agent:
         return lines, status
 
     def ask_to_stop(self) -> None:
+        """Have the experiment save what it has and end."""
         if self.running:
             self.running.ask_to_stop()
 
     def stop(self) -> None:
+        """Have the experiment save what it has, and wait until it has ended."""
         if self.running:
             self.running.stop()
 

@@ -183,6 +183,7 @@ def sentence(first: str, second: str, comparison: Comparison) -> str:
 
 
 def pictures(number: int) -> str:
+    """Return '1 picture' or '9 pictures'."""
     return "1 picture" if number == 1 else f"{number} pictures"
 
 
