@@ -26,6 +26,7 @@ from finetune.slots import Job, Slot
 from finetune.trials import METRICS, Driver
 
 import optuna
+import projects
 
 SLOTS = 1000
 TRIALS = (250, 1000)
@@ -46,7 +47,7 @@ def main() -> None:
 def driver(folder: Path) -> None:
     """Print how long the driver takes for a trial that takes its node no time at all, of sweeps that grow."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    project = shared(folder)
+    project = projects.shared(folder)
     os.chdir(project)
     repository = Repository(project)
     print(f"{'trials':>6}{'seconds each':>14}{'of which git fetch':>20}")
@@ -122,27 +123,6 @@ def publish(repository: Repository, remote: Path, name: str, rates: list[float])
     subprocess.run(["git", "fast-import", "--quiet"], cwd=remote, input="".join(stream).encode(), check=True)
 
 
-def shared(folder: Path, edit: dict[str, str] | None = None) -> Path:
-    """Return a copy of the project, in a repository with a git remote and a DVC remote beside it."""
-    project = folder / "project"
-    for name in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines():
-        (project / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, project / name)
-    for command in (
-        ["git", "init", "-q", "--bare", str(folder / "git")],
-        ["git", "init", "-q", "-b", "main"],
-        ["git", "config", "user.name", "benchmark"],
-        ["git", "config", "user.email", "benchmark@example.org"],
-        ["git", "remote", "add", "origin", str(folder / "git")],
-        [sys.executable, "-m", "dvc", "remote", "add", "-q", "-d", "storage", str(folder / "storage")],
-        ["git", "add", "-A"],
-        ["git", "commit", "-qm", "project"],
-        ["git", "push", "-q", "origin", "main"],
-    ):
-        subprocess.run(command, cwd=project, check=True)
-    return project
-
-
 # Looks at nodes -------------------------------------------------------------------------------------------------------
 
 
@@ -178,7 +158,7 @@ def calls(_: Path) -> None:
 
 def traffic(folder: Path) -> None:
     """Print by how much trials make the remotes grow, and what a new node takes from them."""
-    project = shared(folder)
+    project = projects.shared(folder)
     temporary = folder / "tmp"
     temporary.mkdir()
     environ = os.environ | {"TMPDIR": str(temporary), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

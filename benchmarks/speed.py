@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from finetune import experiment, parallel, sources, training
 
+import projects
 import torch
 from ruamel.yaml import YAML
 from torch import nn
@@ -213,16 +214,10 @@ class Workspace:
     def __init__(self, folder: Path):
         self.folder, self.pictures, self._once = folder / "project", folder / "pictures", folder / "once"
         self.source = f"data.source={self.pictures}"
-        files = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True)
-        for name in files.splitlines():
-            if (ROOT / name).is_file():
-                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, self.folder / name)
+        projects.copied(self.folder)
         binaries = Path(sys.executable).parent
         self.environ = ENVIRON | {"PATH": f"{binaries}{os.pathsep}{ENVIRON['PATH']}"}
         self.about = f"{self._write_pictures()}, {self._write_weights()}"
-        for command in ("init -q", "config user.name x", "config user.email x", "add -A", "commit -qm x"):
-            subprocess.run(["git", *command.split()], cwd=self.folder, check=True)
         self.repeat(1)
 
     def _write_pictures(self) -> str:

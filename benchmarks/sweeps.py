@@ -1,7 +1,7 @@
 """How long many experiments take: through DVC's queue, and as a sweep of src/sweep.py.
 
     python benchmarks/sweeps.py queue                 # 1, 10 and 100 small ones, some of which fail, two at a time
-    python benchmarks/sweeps.py trials                # what a trial costs beside its stages: the queue, src/sweep.py
+    python benchmarks/sweeps.py trials                # what a trial costs beside its stages: DVC, src/sweep.py, Ray
     DATA_ARCHIVE=… WEIGHTS_DIR=… python benchmarks/sweeps.py walkthrough    # sweeps/walkthrough.yaml, cold and warm
 
 In a copy of the project, which is removed at the end.
@@ -18,9 +18,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import projects
 from ruamel.yaml import YAML
 
-ROOT = Path(__file__).parent.parent
 SMALL = {"data.source": "data/small.yaml", "data.resize": 36, "data.image_size": 32, "backbone.weights": "none"}
 SMALL |= {"model_name": "squeezenet", "num_epochs": 2}
 RECIPE = "drawn: [ants, bees]\ntrain: 6\nval: 4\nsize: 40\nseed: 0\n"
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("part", choices=("queue", "trials", "walkthrough"))
     part = parser.parse_args().part
     with tempfile.TemporaryDirectory() as temporary:
-        {"queue": queue, "trials": trials, "walkthrough": walkthrough}[part](Project(Path(temporary) / "project"))
+        {"queue": queue, "trials": trials, "walkthrough": walkthrough}[part](Project(Path(temporary)))
 
 
 def queue(project: "Project") -> None:
@@ -58,23 +58,27 @@ def queue(project: "Project") -> None:
 
 
 def trials(project: "Project") -> None:
-    """Print what an experiment takes in the queue and as a trial, one at a time, and alone."""
+    """Print what an experiment takes alone, in the queue, as a trial, and as one of Ray's, one at a time."""
     project.settle(SMALL)
     project.run("dvc", "exp", "run")
     stages = 0.0
     for script in ("train", "evaluate"):  # the former without what it computes: the run is in the store
         stages += project.seconds(sys.executable, f"src/{script}.py")
-    rates = [1e-4 + 1e-6 * index for index in range(2 * TRIALS)]
+    rates = [1e-4 + 1e-6 * index for index in range(3 * TRIALS)]
     alone = project.seconds("dvc", "exp", "run", "-S", "lr=0.00005")
     start = time.perf_counter()
     project.run("dvc", "exp", "run", "--queue", "-S", f"lr={','.join(map(repr, rates[:TRIALS]))}")
     project.run_queue(1)
     in_queue = (time.perf_counter() - start) / TRIALS
     project.run("git", "restore", "params.yaml", "dvc.lock")
-    project.sweep("rates", {"lr": rates[TRIALS:]})
-    as_trial = project.seconds(sys.executable, "src/sweep.py", "sweeps/rates.yaml") / TRIALS
+    as_trial = {}
+    for option, wanted in (("", rates[TRIALS : 2 * TRIALS]), (" --ray local -j 1", rates[2 * TRIALS :])):
+        name = f"rates{len(as_trial)}"
+        project.sweep(name, {"lr": wanted})
+        command = f"src/sweep.py sweeps/{name}.yaml{option}"
+        as_trial[f"src/sweep.py{option}"] = project.seconds(sys.executable, *command.split()) / TRIALS
     print(f"the stages train and evaluate by themselves {stages:.1f} s; an experiment of these:")
-    for what, took in (("dvc exp run", alone), ("dvc queue start -j 1", in_queue), ("src/sweep.py", as_trial)):
+    for what, took in {"dvc exp run": alone, "dvc queue start -j 1": in_queue, **as_trial}.items():
         print(f"{took:8.1f} s, of which {took - stages:.1f} s beside the stages  {what}")
 
 
@@ -91,22 +95,14 @@ def walkthrough(project: "Project") -> None:
 
 
 class Project:
-    """A copy of the project, in a repository of its own."""
+    """A copy of the project, in a repository of its own with its remotes."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        files = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True)
-        for name in files.splitlines():
-            if (ROOT / name).is_file():
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, folder / name)
+        self.folder = projects.shared(folder)
         self.environ = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-        self.run("git", "init", "-q", "-b", "main")
-        for key in ("name", "email"):
-            self.run("git", "config", f"user.{key}", "benchmark")
 
     def settle(self, settings: dict) -> None:
-        """Commit these settings."""
+        """Commit these settings, and push them."""
         (self.folder / "data/small.yaml").write_text(RECIPE)
         yaml = YAML()
         contents = yaml.load(self.folder / "params.yaml")
@@ -114,8 +110,8 @@ class Project:
             *groups, name = key.split(".")
             (contents[groups[0]] if groups else contents)[name] = value
         yaml.dump(contents, self.folder / "params.yaml")
-        self.run("git", "add", "-A")
-        self.run("git", "commit", "-qm", "settings")
+        projects.commit(self.folder)
+        self.run("git", "push", "-q")
 
     def sweep(self, name: str, search: dict) -> None:
         """Write a grid's file."""
