@@ -106,7 +106,7 @@ def check(words: list[str], folder: Path) -> None:
     """Raise Refused or UserError where a command is none that there is, or its settings are none of params.yaml's."""
     match words:
         case ["dvc", *arguments]:
-            for path in points(getattr(dvc_parser().parse_args(arguments), "params", None) or [], folder):
+            for path in points(getattr(dvc_parser().parse_args(arguments), "set_param", None) or [], folder):
                 params.load(path)
         case ["python", script, *_] if script.endswith(".py"):
             if not (ROOT / script).is_file():
@@ -141,11 +141,13 @@ def points(changes: list[str], folder: Path) -> Iterator[Path]:
     if not changes:
         return
     settings = (folder / "params.yaml").read_text() if (folder / "params.yaml").exists() else text("params.yaml")
-    for sweep in get_hydra_sweeps({"params.yaml": changes}):
+    try:
+        for sweep in get_hydra_sweeps({"params.yaml": changes}):
+            (folder / "params.yaml").write_text(settings)
+            apply_overrides(folder / "params.yaml", sweep["params.yaml"])
+            yield folder / "params.yaml"
+    finally:
         (folder / "params.yaml").write_text(settings)
-        apply_overrides(folder / "params.yaml", sweep["params.yaml"])
-        yield folder / "params.yaml"
-    (folder / "params.yaml").write_text(settings)
 
 
 # Commands that a test runs --------------------------------------------------------------------------------------------
