@@ -1,4 +1,4 @@
-"""Training on top of another run, through DVC: `resume` in the workspace, in the queue, and in a second clone."""
+"""Training on top of another run, through DVC: `resume` in the workspace and in the queue."""
 
 import csv
 import json
@@ -6,7 +6,7 @@ import re
 
 from documents import block
 from finetune import checkpoint
-from helpers import clone, dvc, git, typed, wait_for_queue
+from helpers import clone, dvc, typed, wait_for_queue
 
 import pytest
 import torch
@@ -92,29 +92,3 @@ def test_on_top_with_the_same_settings_equals_one_longer_run(tmp_path):
     strip = [{**row, "training_time": None} for row in on_top["history"]]
     assert strip == [{**row, "training_time": None} for row in longer["history"]]
     assert (on_top["lineage"] != [], longer["lineage"]) == (True, [])
-
-
-def test_a_teammate_trains_on_top_of_an_experiment_that_was_pushed(tmp_path):
-    project = clone(tmp_path / "project", **TINY)
-    git(project, "init", "-q", "--bare", str(tmp_path / "git"))
-    git(project, "remote", "add", "origin", str(tmp_path / "git"))
-    dvc(project, "remote", "add", "-d", "storage", str(tmp_path / "storage"))
-    git(project, "commit", "-qam", "remote")
-    git(project, "push", "-q", "origin", "main")
-    dvc(project, "exp", "run", "--name", "mine")
-    dvc(project, "exp", "push", "origin", "mine")
-    dvc(project, "exp", "branch", "mine", "kept")
-    git(project, "push", "-q", "origin", "kept")
-
-    git(tmp_path, "clone", "-q", "-b", "main", str(tmp_path / "git"), "theirs")
-    theirs = tmp_path / "theirs"
-    printed = dvc(theirs, "exp", "run", "-S", "resume=mine", status=255)
-    assert "neither auto, never, last, nor an experiment or revision" in printed
-    dvc(theirs, "exp", "pull", "origin", "mine")
-    assert trained(dvc(theirs, "exp", "run", "-S", "resume=mine", "-S", "lr=0.01")) == ["3", "4"]
-    assert (metrics(theirs)["step"], metrics(theirs)["continues"]) == (3, "mine")
-    assert trained(dvc(theirs, "exp", "run", "-S", "resume=origin/kept", "-S", "lr=0.02")) == ["3", "4"]
-
-    dvc(theirs, "exp", "apply", "mine")
-    assert len(checkpoint.load(theirs / "models/checkpoint.pt")["history"]) == 2
-    assert trained(dvc(theirs, "exp", "run", "-S", "resume=last", "-S", "lr=0.03")) == ["3", "4"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.request import ProxyHandler, Request, build_opener
 
 from documents import block
-from finetune import datasets
+from finetune import checkpoint, datasets
 from helpers import ROOT, as_user, clone, differences, dvc, git, make_pictures, results, typed
 
 import pytest
@@ -77,6 +77,7 @@ def test_two_work_together(team, tmp_path):
     assert row(ben, "first") == row(team.ana, "first")
     dvc(ben, "exp", "apply", "first")
     assert differences(results(ben), team.first) == []
+    assert len(checkpoint.load(ben / "models/checkpoint.pt")["history"]) == 2
     assert "Data and pipelines are up to date" in dvc(ben, "repro")
 
     # On top of it, without the archive: the prepared pictures came along.
@@ -112,6 +113,17 @@ def test_two_work_together(team, tmp_path):
     assert "Data and pipelines are up to date" in printed[-1]
     dvc(cleo, "exp", "remove", "-g", "origin", "second")
     assert "/second" not in git(team.git, "for-each-ref", "refs/exps")
+
+
+def test_a_teammate_trains_on_top_of_an_experiment_that_was_pushed(team, tmp_path):
+    ben = join(team, tmp_path / "ben")
+    pictures = {"DATA_ARCHIVE": str(team.archive)}
+    printed = dvc(ben, "exp", "run", "-S", "resume=first", status=255, **pictures)
+    assert "neither auto, never, last, nor an experiment or revision" in printed
+    dvc(ben, "exp", "pull", "origin", "first")
+    assert trained(dvc(ben, "exp", "run", "-S", "resume=first", "-S", "lr=0.02")) == ["3", "4"]
+    assert (metrics(ben)["step"], metrics(ben)["continues"]) == (3, "first")
+    assert trained(dvc(ben, "exp", "run", "-S", "resume=origin/kept", "-S", "lr=0.03")) == ["3", "4"]
 
 
 def test_without_the_storage_the_numbers_are_trained_anew_to_the_bit(team, tmp_path):
