@@ -128,7 +128,10 @@ def check(words: list[str], folder: Path) -> None:
 
 @functools.cache
 def loaded(script: str) -> dict:
-    return runpy.run_path(str(ROOT / script), run_name="loaded")
+    """Return what a script defines; as where it is started, it may import what is beside it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / Path(script).parent)
+        return runpy.run_path(str(ROOT / script), run_name="loaded")
 
 
 @functools.cache
