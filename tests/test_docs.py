@@ -12,7 +12,7 @@ from pathlib import Path
 import documents
 from documents import NAMES, ROOT, blocks, commands, text
 from documents import block as take
-from finetune import params
+from finetune import params, schema
 from finetune.errors import UserError
 from finetune.version import __version__
 from helpers import clone, git, make_pictures, run_forked, typed, write_params
@@ -57,6 +57,13 @@ def test_each_link_leads_somewhere(name):
 def test_each_page_is_in_the_readmes_list():
     index = text("README.md").partition("## More")[2]
     assert [name for name in NAMES if f"]({name})" not in index and name != "README.md"] == []
+
+
+def test_each_setting_has_its_row():
+    rows = re.findall(r"(?m)^\| (`.*?) \| ", text("docs/parameters.md"))
+    named = [re.findall(r"`([\w.]+)`", row) for row in rows]
+    keys = [key if key[0] != "." else row[0].partition(".")[0] + key for row in named for key in row]
+    assert sorted(keys) == sorted(schema.keys(params.Params))
 
 
 # Commands that there are ----------------------------------------------------------------------------------------------
