@@ -20,7 +20,7 @@ SETTINGS: dict[str, object] = {  # small enough for a minute without a GPU, from
     "backbone.weights": "none",
     "backbone.trainable": "all",
     "num_classes": 2,
-    "num_epochs": 22,
+    "num_epochs": 12,
     "momentum": 0.9,
     "seed": 0,
     "device": "auto",

@@ -188,7 +188,11 @@ def fresh(prepared, tmp_path) -> Path:
 
 def copied(folder: Path, target: Path) -> Path:
     """Copy a project's folder, but for its pictures; return the copy."""
-    return shutil.copytree(folder, target, ignore=shutil.ignore_patterns("pictures", "cache"), dirs_exist_ok=True)
+
+    def left_out(inside: str, names: list[str]) -> set[str]:
+        return {"pictures", "cache"}.intersection(names) if Path(inside) == folder else set()
+
+    return shutil.copytree(folder, target, ignore=left_out, dirs_exist_ok=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:
