@@ -3,6 +3,7 @@
 import hashlib
 import os
 import sys
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -180,6 +181,7 @@ def test_pretrained_from_a_file_of_ones_own_or_a_folder(tmp_path, monkeypatch):
 
 def test_a_download_that_fails_names_both_ways_out(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it keeps the proxies that there were when it was made
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # refuses
     with pytest.raises(UserError, match=r"could not download https://.*squeezenet1_1-b8a52dc0.pth") as raised:
