@@ -310,12 +310,12 @@ def have_environment(project: Path) -> None:
     (project / ".venv/installed").touch()
 
 
-def wait_for(found: Callable[[], T], seconds: float = 200) -> T:
-    """Return what is found, once it is something."""
-    end = time.monotonic() + seconds
+def wait_for(found: Callable[[], T], every: float = 0.05) -> T:
+    """Return what is found, once it is something; looked for so often, in seconds."""
+    end = time.monotonic() + 200
     while not (result := found()):
         assert time.monotonic() < end
-        time.sleep(0.05)
+        time.sleep(every)
     return result
 
 
@@ -334,7 +334,7 @@ def wait_for_queue(folder: Path) -> str:
             return status
         if "Worker status: 0 active, 0 idle" in status:  # on a busy machine DVC's worker ends early
             start_queue(folder)
-        time.sleep(1)
+        time.sleep(3)  # each look takes a second of a core
     raise AssertionError(status)
 
 

@@ -94,7 +94,7 @@ def test_experiments_and_workers_of_the_queue_killed(tmp_path, undisturbed):
     status = dvc(project, "queue", "status")
     while not all(re.search(rf" {name} .*Success", status) for name in ("zero", "one")):
         assert not re.search(r" (zero|one) .*Failed", status)
-        time.sleep(0.5)
+        time.sleep(3)
         status = dvc(project, "queue", "status")
     # What DVC has not heard of, it holds to be running until it is told.
     (stuck,) = re.findall(r"^\w{7} +(\S+) .*Running", status, re.MULTILINE)

@@ -20,15 +20,15 @@ def names(folder: Path, state: str) -> list[str]:
 
 
 def test_what_waits_runs_fails_and_is_stopped(tmp_path):
-    project = clone(tmp_path / "project", **SETTINGS, num_epochs=40)
-    dvc(project, "exp", "run", "--queue", "-n", "long", "-S", "num_epochs=500")
+    project = clone(tmp_path / "project", **SETTINGS, num_epochs=400)
+    dvc(project, "exp", "run", "--queue", "-n", "long", "-S", "num_epochs=3000")
     dvc(project, "exp", "run", "--queue", "-n", "bad", "-S", "lr=1e30")
     dvc(project, "exp", "run", "--queue", "-n", "good", "-S", "num_epochs=1")
     dvc(project, "exp", "run", "--queue", "-n", "late")
     assert len(names(project, "Queued")) == 4
     dvc(project, "queue", "remove", "late")
     start_queue(project)
-    wait_for(lambda: names(project, "Running") == ["long"])
+    wait_for(lambda: names(project, "Running") == ["long"], every=2)
     wait_for(lambda: "epoch 1/" in dvc(project, "queue", "logs", "long"))
     dvc(project, "queue", "kill", "long")
     status = wait_for_queue(project)
@@ -40,16 +40,16 @@ def test_what_waits_runs_fails_and_is_stopped(tmp_path):
     log = dvc(project, "queue", "logs", "bad")
     assert "error: the loss in epoch 1, step " in log
     assert "Traceback" not in log
-    assert re.search(r"stopped in epoch \d+ of 500 .*all of them saved", dvc(project, "queue", "logs", "long"))
+    assert re.search(r"stopped in epoch \d+ of 3000 .*all of them saved", dvc(project, "queue", "logs", "long"))
     dvc(project, "queue", "remove", "--failed")
     assert names(project, "Failed") == []
 
     # A worker that is asked to stop ends with its experiment, and leaves the rest queued.
     dvc(project, "exp", "run", "--queue", "-S", "seed=5,6")
     start_queue(project)
-    (running,) = wait_for(lambda: names(project, "Running"))
+    (running,) = wait_for(lambda: names(project, "Running"), every=2)
     dvc(project, "queue", "stop")
-    wait_for(lambda: running in names(project, "Success"))
+    wait_for(lambda: running in names(project, "Success"), every=2)
     time.sleep(2)
     assert len(names(project, "Queued")) == 1
     dvc(project, "queue", "remove", "--queued")

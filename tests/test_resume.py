@@ -253,6 +253,7 @@ def test_fewer_epochs_end_as_if_more_had_never_been_asked(folders, killed):
     while process.poll() is None:
         if killed and "epoch 3/4: " in (folder / "printed.txt").read_text():
             process.kill()
+        time.sleep(0.002)
     assert process.wait() == (-signal.SIGKILL if killed else 0)
 
     write_params(folder, **TINY | {"num_epochs": 2})
