@@ -15,21 +15,17 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from finetune import comparison, repeats, stage
-from finetune.clones import git
 from finetune.comparison import Comparison, Predictions, aligned_to
 from finetune.datasets import listing
 from finetune.errors import UserError
-from finetune.experiments import Experiment, Experiments
+from finetune.experiments import PREDICTIONS, Experiment, Experiments
 from finetune.repeats import OverRuns, Repeat, shared_settings
 from finetune.tables import aligned
 
 import numpy as np
-
-PREDICTIONS = "results/evaluate/predictions.csv"
 
 
 @dataclass(frozen=True)
@@ -67,13 +63,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
 
-    experiments = Experiments(Path(git(Path.cwd(), "rev-parse", "--show-toplevel").strip()))
+    experiments = Experiments.here()
     named = [experiments.find(name) for name in arguments.names]
     if named[0].revision == named[1].revision:
         raise UserError(f"{' and '.join(arguments.names)} are the same: name two experiments.")
     for each in named:
         experiments.file(each, PREDICTIONS)  # which it must have, even where only others of its settings are compared
-    groups = [] if arguments.alone else with_repeats(experiments, named, arguments.all_commits)
+    groups = [] if arguments.alone else with_repeats(experiments, named, arguments.all_commits, arguments.split)
     groups = groups or [{(0, 0): each} for each in named]  # then it doesn't matter which seeds they are
     first, second = sides(experiments, named, groups, arguments.split)
     pairs = [(first.predictions[run], second.predictions[run]) for run in first.predictions]
@@ -99,16 +95,27 @@ def main() -> None:
 
 
 def with_repeats(
-    experiments: Experiments, named: Sequence[Experiment], all_commits: bool
+    experiments: Experiments, named: Sequence[Experiment], all_commits: bool, split: str
 ) -> list[dict[Repeat, Experiment]]:
     """Return for each of two experiments, by seed and fold, those that differ from it in these alone, itself included.
 
     [] where that is no more than they are, for lack of seeds and folds that both have, or as their settings are equal.
+    Those whose predictions are not at hand are named on stderr and left out.
     """
+
+    def is_readable(experiment: Experiment) -> bool:
+        try:
+            read(experiments, experiment, split)
+        except UserError as error:
+            print(f"not compared: {str(error).splitlines()[0]}", file=sys.stderr)
+            return False
+        return True
+
     known = [each for each in experiments.all() if PREDICTIONS in each.outs]
     groups = [
         repeats.repeats(of, [each for each in known if all_commits or each.baseline == of.baseline]) for of in named
     ]
+    groups = [{at: each for at, each in group.items() if each in named or is_readable(each)} for group in groups]
     alike = {each.revision for each in groups[0].values()} & {each.revision for each in groups[1].values()}
     return [] if alike or len(groups[0].keys() & groups[1].keys()) < 2 else groups
 
@@ -195,7 +202,7 @@ def verdict(first: Side, second: Side, compared: Comparison | OverRuns) -> list[
     lines = [said, "{}: {:+.1f} points, 95 % interval {:+.1f} to {:+.1f}.".format(of_both, *points)]
     if not compared.differs:
         lines.append(f"A difference below {100 * compared.detectable:.1f} points can't be told from chance here.")
-    folds = max(len(members) for members in first.runs.values())
+    folds = len({each.settings.get("data.fold") for members in first.runs.values() for each in members})
     if folds > 1:
         lines.append(f"The networks of the {folds} folds share training pictures, so p is somewhat too small.")
     return [*lines, end] if end else lines

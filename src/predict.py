@@ -81,7 +81,10 @@ def listed(names: Sequence[str]) -> list[str]:
     files = {name: below(name) for each in names for name in (from_stdin if each == "-" else [each])}
     if missing := [printable(name) for name, found in files.items() if found is None]:
         raise UserError(f"{datasets.listing(missing)}: no such file, and no file of such a pattern.")
-    return list(dict.fromkeys(path for found in files.values() for path in found or ()))
+    paths: dict[str, str] = {}  # by what is the same however it is written
+    for path in (path for found in files.values() for path in found or ()):
+        paths.setdefault(os.path.normpath(path), path)
+    return list(paths.values())
 
 
 def below(name: str) -> list[str] | None:

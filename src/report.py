@@ -21,7 +21,7 @@ from finetune import reports, stage
 from finetune.clones import dvc, git
 from finetune.comparison import read_predictions
 from finetune.errors import UserError, nearest
-from finetune.experiments import Experiment, Experiments
+from finetune.experiments import PREDICTIONS, Experiment, Experiments
 from finetune.files import replaced
 from finetune.reports import Record
 
@@ -30,10 +30,10 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 OUTPUT = Path("results/report.html")
-CURVES, PREDICTIONS = "results/train/plots", "results/evaluate/predictions.csv"
-PICTURES = "results/evaluate/pictures"
+CURVES, PICTURES = "results/train/plots", "results/evaluate/pictures"
 NOT_CODE = re.compile(r"params\.yaml|dvc\.lock|results/.*|\.dvc/tmp/.*")  # what an experiment's commit changes anyway
-QUEUE_LINE = re.compile(r"([0-9a-f]{7,})\s+(.*?)\s+\d\d.*\s(Queued|Running|Failed)")
+TIME = r"\d\d:\d\d.*?|\w+\.? \d\d, \d{4}"  # 04:01 PM, and of another day Nov 21, 2026
+QUEUE_LINE = re.compile(rf"([0-9a-f]{{7,}})\s+(?:(\S+)\s+)??(?:{TIME})\s+(Queued|Running|Failed)")
 
 
 def main() -> None:
@@ -48,9 +48,9 @@ def main() -> None:
     if arguments.names and (arguments.all_commits or arguments.sweep):
         parser.error("name experiments, or take those of commits or of a sweep (-A, --sweep), not both")
 
-    root = Path(git(Path(), "rev-parse", "--show-toplevel").strip())
+    store = Experiments.here()
+    root = store.root
     head = git(root, "rev-parse", "HEAD").strip()
-    store = Experiments(root)
     chosen = sorted(choose(store, arguments, head), key=Record.rank)
     changed = changed_files(root, [each.experiment for each in chosen])
     records = [
@@ -83,7 +83,7 @@ def choose(store: Experiments, arguments: argparse.Namespace, head: str) -> list
     """Return the experiments that were asked for. Raises UserError where there are none."""
     there = [*map(Record, store.all()), *queue(store)]
     if arguments.names:
-        here = {each.experiment.name: each for each in there if each.experiment.baseline == head}
+        here = {each.experiment.name: each for each in reversed(there) if each.experiment.baseline == head}
         return [here.get(name) or Record(store.find(name)) for name in dict.fromkeys(arguments.names)]
     chosen = [each for each in there if arguments.all_commits or each.experiment.baseline in (head, "")]
     if arguments.sweep:
@@ -126,11 +126,10 @@ def read(store: Experiments, record: Record) -> Record:
     if record.state != "finished":
         return record
     experiment, missing = record.experiment, []
-    outs = [path for each in experiment.stages.values() for path in each["outs"]]
 
     def attempt(path: str, reading: Callable[[], T], default: T) -> T:
         try:
-            return reading() if path in outs else default
+            return reading() if path in experiment.outs else default
         except UserError as error:
             missing.append(str(error))
         except (ValueError, OSError) as error:
@@ -159,7 +158,7 @@ def changed_files(root: Path, experiments: Sequence[Experiment]) -> list[list[st
     wanted = [pair for pair in dict.fromkeys(pairs) if len(pair.split()) == 2]
     files: dict[str, list[str]] = {pair: [] for pair in wanted}
     current: list[str] = []
-    command = ["-c", "core.quotePath=false", "diff-tree", "-r", "--name-only", "--stdin"]
+    command = ["-c", "core.quotePath=false", "diff-tree", "-r", "--name-only", "--diff-filter=d", "--stdin"]
     for line in git(root, *command, stdin="".join(f"{pair}\n" for pair in wanted)).splitlines():
         if line in files:
             current = files[line]

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from finetune.experiments import PREDICTIONS, Experiments
 from helpers import changed_params, git, make_repository, predicted, run_forked, write_experiment
 
 import pytest
@@ -174,6 +175,25 @@ def test_the_workspace_can_be_one_of_them(project, tmp_path):
 )
 def test_what_can_be_mended_is_said(project, arguments, said):
     assert said in compare(project, *arguments, status=1)[0]
+
+
+def test_a_repeat_whose_predictions_are_elsewhere_is_named_and_left_out(tmp_path):
+    project = make_repository(tmp_path / "project")
+    for seed in range(4):
+        write_experiment(project, f"low-{seed}", {"seed": seed}, {}, predicted(right([seed, 9])))
+        write_experiment(project, f"high-{seed}", {"seed": seed, "lr": 0.7}, {}, predicted(right([19 - seed])))
+    experiments = Experiments(project)
+    experiments.file(experiments.find("low-2"), PREDICTIONS).unlink()
+    lines = compare(project, "low-0", "high-0")
+    assert any(line.startswith(f"not compared: {PREDICTIONS} of low-2 is not in DVC's cache") for line in lines)
+    assert [line.split()[:2] for line in lines if line.startswith("seed ")] == [["seed", each] for each in "013"]
+
+
+def test_a_branch_with_a_slash_is_no_experiments_name(tmp_path):
+    project = make_repository(tmp_path / "project")
+    git(project, "branch", "feature/one")
+    found = Experiments(project).find("feature/one")
+    assert (found.name, found.baseline) == ("feature/one", "")
 
 
 def test_predictions_that_are_elsewhere_are_an_error(tmp_path):

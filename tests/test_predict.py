@@ -96,13 +96,20 @@ def test_so_they_are_with_test_time_augmentation_and_in_bfloat16(trained, tmp_pa
 
 
 def test_files_patterns_and_lines_of_stdin_mean_their_pictures_each_once(trained):
-    command = [sys.executable, ROOT / "src/predict.py", "pictures/val/ants/1.png", "pictures/**/[01].png", "-", "--csv"]
+    command = [
+        sys.executable,
+        ROOT / "src/predict.py",
+        "pictures/val/ants/1.png",
+        "./pictures/**/[01].png",
+        "-",
+        "--csv",
+    ]
     lines = os.fsencode(trained / "pictures/val/bees/7.png") + b"\n\npictures/val/ants/0.png\n"
     result = subprocess.run(command, cwd=trained, input=lines, capture_output=True, check=True)
     paths = [row["path"] for row in csv.DictReader(io.StringIO(result.stdout.decode(), newline=""))]
     folders = ("train/ants", "train/bees", "val/ants", "val/bees")
-    inside = [f"pictures/{folder}/{number}.png" for folder in folders for number in (0, 1)]
-    inside.remove("pictures/val/ants/1.png")
+    inside = [f"./pictures/{folder}/{number}.png" for folder in folders for number in (0, 1)]
+    inside.remove("./pictures/val/ants/1.png")
     assert paths == ["pictures/val/ants/1.png", *inside, str(trained / "pictures/val/bees/7.png")]
     assert result.stderr == b""
 

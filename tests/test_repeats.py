@@ -10,10 +10,13 @@ import pytest
 from scipy import stats
 
 
-def experiment(name: str, metrics: dict | None = None, **settings) -> Experiment:
-    """Return an experiment; data__fold=1 is its setting data.fold."""
+def experiment(name: str, metrics: dict | None = None, code: str = "ab", **settings) -> Experiment:
+    """Return an experiment; data__fold=1 is its setting data.fold, and `code` the digest of its script."""
+    stages = {"train": {"deps": {"src/train.py": code, "data/prepared": name}, "outs": {"data/prepared": name}}}
     settings = {key.replace("__", "."): value for key, value in settings.items()}
-    return Experiment(name, name, "commit", "", {"lr": 0.1, "seed": 0, "data.fold": 0} | settings, metrics or {}, {})
+    return Experiment(
+        name, name, "commit", "", {"lr": 0.1, "seed": 0, "data.fold": 0} | settings, metrics or {}, stages
+    )
 
 
 def runs_of(right: np.ndarray) -> list[Predictions]:
@@ -34,6 +37,7 @@ def test_the_repeats_of_an_experiment_differ_from_it_in_seed_and_fold_alone():
         experiment("fold", data__fold=2),
         experiment("its double"),
         experiment("other", lr=0.2, seed=2),
+        experiment("of other code", code="cd", seed=4),
         experiment("longer", {"continues": "named"}, seed=3),
     ]
     found = repeats.repeats(named, others)

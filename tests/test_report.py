@@ -12,6 +12,7 @@ from finetune.comparison import Predictions
 from finetune.experiments import Experiment, Experiments
 from finetune.reports import Record
 from helpers import ROOT, as_user, dvc, git, make_repository, predicted, write_experiment
+from report import QUEUE_LINE
 
 import numpy as np
 import pytest
@@ -238,6 +239,19 @@ def test_what_differs_in_code_is_named(repository, tmp_path):
     report(folder)
     changed = {each["name"]: each.get("changed") for each in shown_in(folder / "results/report.html")["experiments"]}
     assert changed == {"good": None, "mine-000": None, "mine-001-2": None, "changed": ["note"]}
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("abc1234  later   04:01 PM      Queued", ("abc1234", "later", "Queued")),
+        ("abc1234  later   Nov 21, 2025  Failed", ("abc1234", "later", "Failed")),
+        ("abc1234          Nov 21, 2025  Queued", ("abc1234", None, "Queued")),
+        ("abc1234          11:01 AM      Running", ("abc1234", None, "Running")),
+    ],
+)
+def test_a_line_of_the_queues_status_is_read(line, expected):
+    assert QUEUE_LINE.fullmatch(line).groups() == expected
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from finetune.clones import git
 from finetune.errors import UserError, nearest
@@ -23,6 +23,7 @@ from tqdm import tqdm
 WORKSPACE = "workspace"
 PARAMS, LOCK = "params.yaml", "dvc.lock"
 METRICS = ("results/train/metrics.json", "results/evaluate/metrics.json")
+PREDICTIONS = "results/evaluate/predictions.csv"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ class Experiment:
     metrics: dict[str, Any]  # {"val_acc": 0.9, "eval.acc": 0.9, "continues": "…"}; {} where it has none
     stages: dict[str, dict[str, dict[str, str]]]  # {"train": {"deps": {path: digest}, "outs": {path: digest}}}
     sizes: dict[str, int] = field(default_factory=dict)  # bytes of what its stages wrote, {path: size}
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """The digests of all that its stages read and none of them wrote: code, pictures, weights."""
+        deps = {path: digest for stage in self.stages.values() for path, digest in stage["deps"].items()}
+        return {path: digest for path, digest in deps.items() if path not in self.outs}
 
     @property
     def outs(self) -> dict[str, str]:
@@ -55,39 +62,56 @@ class _Resolver(VersionedResolver):
     processing_version = (1, 2)
 
 
+class Reference(NamedTuple):
+    """What git has of an experiment or a commit."""
+
+    name: str
+    baseline: str
+    revision: str
+    created: str
+
+
 class Experiments:
     """The experiments of the repository whose top folder this is."""
 
     def __init__(self, root: Path):
         self.root = root
+        if not (root / ".dvc").is_dir():
+            raise UserError(f"{root.resolve()} is no project of DVC's. Go to the project's folder.")
         self._parser = YAML(typ="safe")
         self._parser.Resolver = _Resolver
         self._entries: dict[str, dict[str, Any]] = {}  # of locks, parsed, by their text
 
+    @classmethod
+    def here(cls) -> "Experiments":
+        """Return those of the repository in which the user stands, in whichever of its folders.
+
+        Raises UserError where there is none.
+        """
+        return cls(Path(git(Path(), "rev-parse", "--show-toplevel").strip()))
+
     def all(self) -> list[Experiment]:
         """Return the finished experiments of all commits, the oldest first."""
-        return self._read(list(self._references().items()))
+        return self._read(self._known())
 
     def find(self, name: str) -> Experiment:
         """Return the experiment, branch, tag or commit of that name, or `workspace`; of experiments with the same name
         that of HEAD, else the newest. Raises UserError where there is none."""
         if name == WORKSPACE:
             return self._workspace()
-        found = {ref: about for ref, about in self._references().items() if ref.rpartition("/")[2] == name}
-        if found:
+        known = self._known()
+        if found := [each for each in known if each.name == name]:
             head = git(self.root, "rev-parse", "HEAD").strip()
-            on_head = [ref for ref in found if ref == f"refs/exps/{head[:2]}/{head[2:]}/{name}"]
-            chosen = on_head[0] if on_head else list(found)[-1]
-            return self._read([(chosen, found[chosen])])[0]
+            return self._read([*found, *(each for each in found if each.baseline == head)][-1:])[0]
         try:
-            shown = git(self.root, "log", "-1", "--format=%H %cI", f"{name}^{{commit}}", "--").split()
-        except UserError:
-            names = [ref.rpartition("/")[2] for ref in self._references()]
-            known = "" if names else " There is no experiment yet: `dvc exp run` makes one."
+            revision, created = git(self.root, "log", "-1", "--format=%H %cI", f"{name}^{{commit}}", "--").split()
+        except (UserError, ValueError):  # the latter: nothing is said of a range without commits
+            names = [each.name for each in known]
+            hint = "" if names else " There is no experiment yet: `dvc exp run` makes one."
             raise UserError(
-                f"{name!r} is neither an experiment nor a revision of this repository.{nearest(name, names) or known}"
+                f"{name!r} is neither an experiment nor a revision of this repository.{nearest(name, names) or hint}"
             ) from None
-        return self._read([(f"{shown[0]}/{name}", (shown[0], shown[1]))])[0]
+        return self._read([Reference(name, "", revision, created)])[0]
 
     def file(self, experiment: Experiment, path: str) -> Path:
         """Return where a file is that a stage of the experiment wrote, or one in a folder that it wrote.
@@ -148,8 +172,8 @@ class Experiments:
             f"`dvc exp pull origin {experiment.name}` fetches it, or for a branch `dvc fetch --all-branches`."
         )
 
-    def _references(self) -> dict[str, tuple[str, str]]:
-        """Return by its reference each experiment's commit and date, the oldest first."""
+    def _known(self) -> list[Reference]:
+        """Return what git has of experiments, the oldest first."""
         listed = git(
             self.root,
             "for-each-ref",
@@ -157,39 +181,32 @@ class Experiments:
             "--format=%(refname) %(objectname) %(creatordate:iso-strict)",
             "refs/exps/",
         )
-        found = (line.split() for line in listed.splitlines())
-        return {
-            ref: (revision, created) for ref, revision, created in found if len(ref.split("/")) == 5
-        }  # not DVC's own
+        found = ((ref.split("/"), about) for ref, *about in map(str.split, listed.splitlines()))
+        return [Reference(ref[4], ref[2] + ref[3], *about) for ref, about in found if len(ref) == 5]  # others are DVC's
 
-    def _read(self, references: Sequence[tuple[str, tuple[str, str]]]) -> list[Experiment]:
+    def _read(self, references: Sequence[Reference]) -> list[Experiment]:
         paths = (PARAMS, LOCK, *METRICS)
-        texts = self._texts([f"{revision}:{path}" for _, (revision, _) in references for path in paths])
+        texts = self._texts([f"{each.revision}:{path}" for each in references for path in paths])
         return [
-            self._experiment(
-                ref.rpartition("/")[2], revision, "".join(ref.split("/")[2:4]), created, [next(texts) for _ in paths]
-            )
-            for ref, (revision, created) in tqdm(references, "read", unit=" experiments", delay=2, disable=None)
+            self._experiment(each, [next(texts) for _ in paths])
+            for each in tqdm(references, "read", unit=" experiments", delay=2, disable=None)
         ]
 
     def _workspace(self) -> Experiment:
         places = [self.root / path for path in (PARAMS, LOCK, *METRICS)]
         texts = [place.read_text(encoding="utf-8") if place.exists() else None for place in places]
-        return self._experiment(WORKSPACE, "", "", "", texts)
+        return self._experiment(Reference(WORKSPACE, "", "", ""), texts)
 
-    def _experiment(self, name: str, revision: str, baseline: str, created: str, texts: Sequence[str | None]):
-        settings, stages_of = self._yaml(texts[0], name), self._lock(texts[1], name)
-        metrics = [json.loads(text) if text else {} for text in texts[2:]]
+    def _experiment(self, reference: Reference, texts: Sequence[str | None]) -> Experiment:
+        settings, stages_of = self._yaml(texts[0], reference.name), self._lock(texts[1], reference.name)
+        metrics = [self._json(text, reference.name) for text in texts[2:]]
         stages = {
             stage: {kind: {each["path"]: each.get("md5", "") for each in found} for kind, found in about.items()}
             for stage, about in stages_of.items()
         }
         outs = (each for about in stages_of.values() for each in about["outs"])
         return Experiment(
-            name,
-            revision,
-            baseline,
-            created,
+            *(reference.name, reference.revision, reference.baseline, reference.created),
             flat(settings),
             {k: v for each in metrics for k, v in flat(each).items()},
             stages,
@@ -198,7 +215,9 @@ class Experiments:
 
     def _lock(self, text: str | None, name: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
         """Return what dvc.lock says of each stage's deps and outs. What experiments share is parsed once."""
-        short = ENTRY.sub(lambda match: f"    - {json.dumps(match[0])}\n", SETTINGS.sub("", text or ""))
+        short = ENTRY.sub(
+            lambda match: f"    - {json.dumps(match[0], ensure_ascii=False)}\n", SETTINGS.sub("", text or "")
+        )
 
         def parsed(entry: str | dict[str, Any]) -> dict[str, Any]:
             if isinstance(entry, dict):
@@ -218,6 +237,12 @@ class Experiments:
             return self._parser.load(text or "") or {}
         except YAMLError as error:
             raise UserError(f"{name}: {PARAMS} or {LOCK} of it is not YAML ({str(error).splitlines()[0]}).") from None
+
+    def _json(self, text: str | None, name: str) -> dict[str, Any]:
+        try:
+            return json.loads(text or "{}")
+        except ValueError as error:
+            raise UserError(f"{name}: metrics.json of it is not JSON ({error}).") from None
 
     def _texts(self, names: Sequence[str]) -> Iterator[str | None]:
         """Yield the text of each file, named as `revision:path`, or None where there is none."""

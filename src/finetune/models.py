@@ -24,5 +24,5 @@ def path(arguments: argparse.Namespace) -> Path:
     """Return the file that the options of `parser` ask for. Raises UserError where no such experiment's is here."""
     if not arguments.experiment:
         return arguments.model
-    experiments = Experiments(Path())
+    experiments = Experiments.here()
     return experiments.file(experiments.find(arguments.experiment), MODEL.as_posix())

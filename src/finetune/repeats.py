@@ -10,7 +10,10 @@ from finetune.experiments import Experiment
 import numpy as np
 
 REPEATED = ("data.fold", "seed")  # in these the runs of a group differ
-WITHOUT_EFFECT = ("device", "resume", "checkpoint_minutes", "checkpoint_store_gb", "feature_bank_gb")
+WITHOUT_EFFECT = (
+    *("device", "resume", "checkpoint_minutes", "checkpoint_store_gb", "feature_bank_gb"),
+    "evaluate.gallery",
+)
 FEW = 3  # seeds, with fewer of which chance has too many ways to look like a difference
 
 Repeat = tuple[int, int]  # seed and fold
@@ -28,10 +31,11 @@ def seed_and_fold(settings: Mapping[str, Any]) -> Repeat:
 
 def repeats(of: Experiment, experiments: Sequence[Experiment]) -> dict[Repeat, Experiment]:
     """Return by seed and fold the experiment itself and those among others, the oldest first, that differ from it in
-    these alone; of equals the newest. One that trained on top of another stands alone."""
+    these alone, and were made by the same code of the same files; of equals the newest. One that trained on top of
+    another stands alone."""
     found = {}
     if "continues" not in of.metrics:
-        alike = [each for each in experiments if "continues" not in each.metrics]
+        alike = [each for each in experiments if "continues" not in each.metrics and each.inputs == of.inputs]
         shared = shared_settings(of.settings)
         found = {seed_and_fold(each.settings): each for each in alike if shared_settings(each.settings) == shared}
     return dict(sorted((found | {seed_and_fold(of.settings): of}).items()))

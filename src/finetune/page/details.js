@@ -129,8 +129,8 @@ function difference(first, second) {
   const parts = [];
   if (first.state === 'finished' && second.state === 'finished') parts.push(el('p', { class: 'says' }, sentence(first, second)));
   const rows = [
-    ...COLUMNS.filter((column) => column.kind === 'setting').map((column) => [column, written(column.of(first)), written(column.of(second))])
-      .filter(([, one, other]) => one !== other),
+    ...COLUMNS.filter((column) => column.kind === 'setting').filter((column) => exact(column.of(first)) !== exact(column.of(second)))
+      .map((column) => [column, exact(column.of(first)), exact(column.of(second))]),
     ...COLUMNS.filter((column) => column.kind !== 'setting').filter((column) => isThere(column.of(first)) || isThere(column.of(second)))
       .map((column) => [column, column.show(column.of(first)), column.show(column.of(second))]),
   ];

@@ -108,7 +108,7 @@ function buildParallel() {
 /** The settings that differ among the experiments shown, and the result. */
 function parallelAxes() {
   const shown = table.shown.filter((each) => isThere(columnOf(parallel.metric).of(each)));
-  const differs = (column) => new Set(shown.map((each) => written(column.of(each)))).size > 1;
+  const differs = (column) => new Set(shown.map((each) => exact(column.of(each)))).size > 1;
   return [...COLUMNS.filter((column) => column.kind === 'setting' && differs(column)), columnOf(parallel.metric)];
 }
 

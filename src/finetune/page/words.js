@@ -39,10 +39,21 @@ function written(value) {
   return typeof value === 'number' ? number(value) : String(value);
 }
 
+/** A setting with all of its digits. */
+function exact(value) {
+  return typeof value === 'number' ? String(value) : written(value);
+}
+
 /** A number with four digits that count, and no more zeros than needed. */
 function number(value) {
-  if (Number.isInteger(value) && Math.abs(value) < 1e6) return String(value);
+  if (Number.isInteger(value)) return String(value);
   return String(Number(value.toPrecision(4)));
+}
+
+/** Whether a text means the value: as the table writes it, or as the number that it is. */
+function isWritten(value, text) {
+  if (typeof value !== 'number') return written(value).toLowerCase() === text;
+  return value === Number(text) || number(value) === text || fixed(value) === text;
 }
 
 function fixed(value) {
@@ -158,7 +169,7 @@ function filterOf(text) {
   const tests = text.trim().split(/\s+/).filter(Boolean).map((word) => {
     const [, name, sign, limit] = word.match(/^([\w.]+)(<=|>=|<|>|=)(.+)$/) ?? [];
     const column = name && columnOf(name);
-    if (column && sign === '=') return (each) => written(column.of(each)).toLowerCase() === limit.toLowerCase();
+    if (column && sign === '=') return (each) => isThere(column.of(each)) && isWritten(column.of(each), limit.toLowerCase());
     if (column && !Number.isNaN(Number(limit))) {
       const compare = { '<': (a, b) => a < b, '>': (a, b) => a > b, '<=': (a, b) => a <= b, '>=': (a, b) => a >= b }[sign];
       return (each) => isThere(column.of(each)) && compare(column.of(each), Number(limit));
