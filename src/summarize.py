@@ -21,7 +21,8 @@ from typing import Any
 from finetune import stage
 from finetune.datasets import listing
 from finetune.errors import UserError, nearest
-from finetune.repeats import seed_and_fold, shared_settings
+from finetune.experiments import flat
+from finetune.repeats import Repeat, seed_and_fold, shared_settings
 from finetune.tables import aligned
 
 METRICS = ["val_acc", "val_loss"]
@@ -35,6 +36,11 @@ class Experiment:
     settings: dict[str, Any]  # {"data.fold": 0}
     metrics: dict[str, float]  # {"eval.acc": 0.9}
     finished: str  # date and time
+
+    @property
+    def repeat(self) -> Repeat:
+        """Its seed and fold."""
+        return seed_and_fold(self.settings)
 
 
 @dataclass(frozen=True)
@@ -114,15 +120,7 @@ def collect(shown: Sequence[dict]) -> tuple[list[Experiment], dict[str, list[str
 
 def _flat(files: dict[str, dict]) -> dict[str, Any]:
     """Return the values in all files under dotted keys. Files that could not be read have none."""
-
-    def items(tree: dict, prefix: str):
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                yield from items(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
-
-    return {key: value for file in files.values() for key, value in items(file.get("data") or {}, "")}
+    return {key: value for file in files.values() for key, value in flat(file.get("data") or {}).items()}
 
 
 def nothing_found(finished: Sequence[Experiment], metrics: Sequence[str]) -> str:
@@ -146,7 +144,7 @@ def summarize(experiments: Sequence[Experiment], metrics: Sequence[str]) -> list
     """
     members: dict[str, dict[tuple[int, int], Experiment]] = defaultdict(dict)
     for each in sorted(experiments, key=lambda experiment: experiment.finished):
-        members[json.dumps(shared_settings(each.settings), sort_keys=True)][_seed_and_fold(each)] = each
+        members[json.dumps(shared_settings(each.settings), sort_keys=True)][each.repeat] = each
     runs_of = [[run for _, run in sorted(runs.items())] for runs in members.values()]
     commons = [shared_settings(runs[0].settings) for runs in runs_of]
     names = dict.fromkeys(name for common in commons for name in common)
@@ -166,14 +164,10 @@ def summarize(experiments: Sequence[Experiment], metrics: Sequence[str]) -> list
     return sorted(groups, key=lambda group: -group.mean[metrics[0]])
 
 
-def _seed_and_fold(experiment: Experiment) -> tuple[int, int]:
-    return seed_and_fold(experiment.settings)
-
-
 def missing_folds(group: Group) -> list[str]:
     """Return a line for each seed of which some folds are not in the group."""
     folds_of = defaultdict(list)
-    for seed, fold in map(_seed_and_fold, group.experiments):
+    for seed, fold in (each.repeat for each in group.experiments):
         folds_of[seed].append(str(fold))
     return [
         f"seed {seed} has folds {', '.join(folds)} of {group.folds} (0 to {group.folds - 1})"
@@ -188,7 +182,7 @@ def table(groups: Sequence[Group]) -> list[str]:
     metrics = list(groups[0].mean)
     rows = [[*settings, "n", "folds", "seeds", *metrics]]
     for group in groups:
-        seeds, folds = (len(set(each)) for each in zip(*map(_seed_and_fold, group.experiments), strict=True))
+        seeds, folds = (len(set(each)) for each in zip(*(each.repeat for each in group.experiments), strict=True))
         rows.append(
             [
                 *(str(group.settings.get(name, "-")) for name in settings),
@@ -214,7 +208,8 @@ def plain(group: Group) -> dict:
         "experiments": [
             {"name": each.name, "seed": seed, "fold": fold if group.folds else None}
             | {"metrics": {metric: each.metrics[metric] for metric in group.mean}}
-            for each, (seed, fold) in zip(group.experiments, map(_seed_and_fold, group.experiments), strict=True)
+            for each in group.experiments
+            for seed, fold in [each.repeat]
         ],
         "mean": group.mean,
         "std": group.std,

@@ -51,6 +51,12 @@ def make_pictures(folder: Path, numbers: dict[str, int], size: int = 24) -> None
             Image.fromarray(pixels).save(folder / name / f"{index}.png")
 
 
+def darken_bees(folder: Path, factor: int) -> None:
+    """Make all bees so many times as dark, so that there is something to learn."""
+    for file in folder.glob("*/bees/*.png"):
+        Image.fromarray(np.asarray(Image.open(file)) // factor).save(file)
+
+
 def write_params(folder: Path, **overrides) -> None:
     """Write folder/params.yaml: the project's own, with other values, as in data__source="pictures"."""
     (folder / "params.yaml").write_bytes(changed_params(ROOT / "params.yaml", overrides))

@@ -15,16 +15,14 @@ from documents import block as take
 from finetune import params, schema
 from finetune.errors import UserError
 from finetune.version import __version__
-from helpers import clone, git, make_pictures, run_forked, typed, write_params
+from helpers import clone, darken_bees, git, make_pictures, run_forked, typed, write_params
 
-import numpy as np
 import pytest
 import torch
 import torchvision
 from dvc.cli.parser import DvcParser, get_main_parser
 from dvc.exceptions import DvcException
 from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
-from PIL import Image
 from ruamel.yaml import YAML
 from torch import nn
 
@@ -211,8 +209,7 @@ def prepared(tmp_path_factory):
     """A folder after the stages prepare and backbone, and weights for all that the documents train."""
     folder = tmp_path_factory.mktemp("prepared")
     make_pictures(folder / "pictures", {"train/ants": 8, "train/bees": 8, "val/ants": 6, "val/bees": 6}, size=36)
-    for file in (folder / "pictures").glob("*/bees/*.png"):  # darker, so that there is something to learn
-        Image.fromarray(np.asarray(Image.open(file)) // 4).save(file)
+    darken_bees(folder / "pictures", 4)
     (folder / "weights").mkdir()
     for name in MODELS:
         torch.manual_seed(0)

@@ -9,13 +9,12 @@ import helpers
 from finetune import augment, backbones, checkpoint, params
 from finetune.digests import digest
 from finetune.images import ImageStore
-from helpers import ROOT, make_pictures, run_forked, write_params
+from helpers import ROOT, darken_bees, make_pictures, run_forked, write_params, write_weights
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -34,11 +33,8 @@ def prepared(tmp_path_factory):
     """A folder after the stages prepare and backbone: 11 ants and 7 bees to train, 6 of each to validate."""
     folder = tmp_path_factory.mktemp("prepared")
     make_pictures(folder / "pictures", {"train/ants": 11, "train/bees": 7, "val/ants": 6, "val/bees": 6}, size=36)
-    for file in (folder / "pictures").glob("*/bees/*.png"):  # darker, so that there is something to learn
-        Image.fromarray(np.asarray(Image.open(file)) // 2).save(file)
-    torch.manual_seed(0)
-    (folder / "weights").mkdir()
-    torch.save(torchvision.models.squeezenet1_1(num_classes=5).state_dict(), folder / "weights/mine.pth")
+    darken_bees(folder / "pictures", 2)
+    write_weights(folder, "squeezenet", seed=0)
     write_params(folder, **TINY)
     run_forked(folder, "prepare")
     run_forked(folder, "backbone")

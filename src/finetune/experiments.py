@@ -42,8 +42,9 @@ class Experiment:
     @property
     def inputs(self) -> dict[str, str]:
         """The digests of all that its stages read and none of them wrote: code, pictures, weights."""
+        outs = self.outs
         deps = {path: digest for stage in self.stages.values() for path, digest in stage["deps"].items()}
-        return {path: digest for path, digest in deps.items() if path not in self.outs}
+        return {path: digest for path, digest in deps.items() if path not in outs}
 
     @property
     def outs(self) -> dict[str, str]:

@@ -44,7 +44,7 @@ def map_layer(network: nn.Module, image: Tensor) -> str | None:
     finally:
         for hook in hooks:
             hook.remove()
-    places = [place for place, (_, shape) in enumerate(seen) if _is_map(shape) and shape[2] > 1]
+    places = [place for place, (_, shape) in enumerate(seen) if heads.is_map(shape) and shape[2] > 1]
     after = [shape for _, shape in seen[places[-1] :]] if places else []
     if not places or any(map(_is_of_tokens, after)):
         return None
@@ -89,11 +89,6 @@ def heat_maps(
         hook.remove()
 
 
-def _is_map(shape: torch.Size) -> bool:
-    """Tell whether it is the shape of feature maps [1, channels, side, side]: not that with its channels last."""
-    return len(shape) == 4 and shape[2] == shape[3]
-
-
 def _is_of_tokens(shape: torch.Size) -> bool:
     """Tell whether it is the shape of tokens [1, n, width], or of [1, side, side, width], more than one of them."""
-    return len(shape) == 3 or (len(shape) == 4 and shape[1] > 1 and not _is_map(shape))
+    return len(shape) == 3 or (len(shape) == 4 and shape[1] > 1 and not heads.is_map(shape))

@@ -68,9 +68,9 @@ def with_concat_pool(
         ) from None
     nodes = list(graph.nodes)
     trunk = list(takewhile(lambda node: not any(is_in(layer, str(node.target)) for layer in head), nodes))
-    maps = [node for node in trunk if _is_map(_shape(node)) and _shape(node)[-1] > 1]
+    maps = [node for node in trunk if is_map(_shape(node)) and _shape(node)[-1] > 1]
     after = [_shape(node) for node in trunk[trunk.index(maps[-1]) :]] if maps else []
-    if not maps or any(len(shape) == 3 or (len(shape) == 4 and not _is_map(shape)) for shape in after):  # tokens
+    if not maps or any(len(shape) == 3 or (len(shape) == 4 and not is_map(shape)) for shape in after):  # tokens
         raise UserError(
             f"head.kind = concat_pool, but {name} has no feature map in front of its head: set head.kind to linear"
         )
@@ -109,7 +109,7 @@ def _shape(node: fx.Node) -> Sequence[int]:
     return node.meta.get("shape", ())
 
 
-def _is_map(shape: Sequence[int]) -> bool:
+def is_map(shape: Sequence[int]) -> bool:
     """Tell whether it is the shape of a feature map [1, channels, side, side]: not that with its channels last."""
     return len(shape) == 4 and shape[2] == shape[3]
 

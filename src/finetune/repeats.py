@@ -11,7 +11,11 @@ import numpy as np
 
 REPEATED = ("data.fold", "seed")  # in these the runs of a group differ
 WITHOUT_EFFECT = (
-    *("device", "resume", "checkpoint_minutes", "checkpoint_store_gb", "feature_bank_gb"),
+    "device",
+    "resume",
+    "checkpoint_minutes",
+    "checkpoint_store_gb",
+    "feature_bank_gb",
     "evaluate.gallery",
 )
 FEW = 3  # seeds, with fewer of which chance has too many ways to look like a difference
@@ -35,7 +39,8 @@ def repeats(of: Experiment, experiments: Sequence[Experiment]) -> dict[Repeat, E
     another stands alone."""
     found = {}
     if "continues" not in of.metrics:
-        alike = [each for each in experiments if "continues" not in each.metrics and each.inputs == of.inputs]
+        inputs = of.inputs
+        alike = [each for each in experiments if "continues" not in each.metrics and each.inputs == inputs]
         shared = shared_settings(of.settings)
         found = {seed_and_fold(each.settings): each for each in alike if shared_settings(each.settings) == shared}
     return dict(sorted((found | {seed_and_fold(of.settings): of}).items()))
