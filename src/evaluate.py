@@ -9,9 +9,23 @@ galleries of predictions with what decided them.
 import functools
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from finetune import classifier, metrics, params, pictures, stage, training
+from finetune import (
+    backbones,
+    classifier,
+    device,
+    inference,
+    metrics,
+    params,
+    pictures,
+    runs,
+    stage,
+    training,
+)
+from finetune.bank import Bank
+from finetune.features import Features
 from finetune.files import replaced
 from finetune.images import ImageStore
 from finetune.tables import csv_text
@@ -33,8 +47,12 @@ def main() -> None:
         indices = store.indices(split)
         if not len(indices):
             continue
-        bar = tqdm(indices, f"predict {split}", unit=" pictures", delay=2, leave=False, disable=None)
-        logits = np.concatenate(list(model.logits((store[i] for i in bar), settings.evaluate.tta)))
+        lots, what = [], f"predict {split}"
+        with tqdm(total=len(indices), desc=what, unit=" pictures", delay=2, leave=False, disable=None) as bar:
+            for lot in logits_of(split, model, store, settings):
+                lots.append(lot)
+                bar.update(len(lot))
+        logits = np.concatenate(lots)
         paths = [store.paths[i] for i in indices]
         done[split] = pictures.Evaluated(store.labels[indices], logits, paths, store.classes)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in done[split].metrics.items())
@@ -58,6 +76,31 @@ def main() -> None:
     results = {{"val": "eval"}.get(split, split): each.metrics for split, each in done.items()}
     with replaced(OUTPUT / "metrics.json") as temporary:
         temporary.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def logits_of(
+    split: str, model: classifier.Classifier, store: ImageStore, settings: params.Params
+) -> Iterator[np.ndarray]:
+    """Yield the logits of a split's pictures, [n, classes] of some at a time.
+
+    Those of val come from the features that the training kept in the bank, where it did: the same to the bit as those
+    of the pictures.
+    """
+    asked = {
+        "model_name": backbones.canonical_name(settings.model_name),
+        "image_size": settings.data.image_size,
+        "precision": settings.precision,
+    }
+    is_of_settings = all(model.about.get(key) == value for key, value in asked.items())
+    if split == "val" and settings.evaluate.tta == "none" and is_of_settings and (cut := model.cut()):
+        normalization = {key: model.about[key] for key in ("mean", "std")}
+        bank = Bank(runs.scratch() / "features", settings.feature_bank_gb * 1e9)
+        batches = Features(store, settings, normalization, model.device, bank).validation_batches(cut)
+        rest = device.in_precision(cut.rest, device.precision(settings.precision, model.device))
+        for lot in inference.logits(rest, (each.inputs for each in batches), inference.as_they_are):
+            yield lot.numpy()
+    else:
+        yield from model.logits((store[i] for i in store.indices(split)), settings.evaluate.tta)
 
 
 def prediction_rows(split: str, done: pictures.Evaluated) -> list[dict]:

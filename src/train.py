@@ -107,6 +107,7 @@ def fine_tune(settings: params.Params) -> None:
         "image_size": settings.data.image_size,
         "resize": store.manifest["resize"],
         "precision": settings.precision,
+        "trained": this.trained,
     }
     backbones.write(Path("models/model.safetensors"), this.model.state_dict(), about_model | this.normalization)
 

@@ -253,6 +253,34 @@ def test_a_run_that_gets_no_better_stops_early_and_is_finished(trained):
 # Evaluation -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"head__kind": "concat_pool", "head__hidden": 16, "num_epochs": 2, "keep": "best"},
+        {"backbone__trainable": 2},
+    ],
+)
+def test_evaluation_has_the_features_that_training_kept_and_finds_the_same_without(trained, settings):
+    folder, _ = trained(**settings)
+    bank = folder / ".dvc/tmp/features"
+    before = {file: file.stat().st_mtime_ns for file in bank.iterdir()}
+    run_forked(folder, "evaluate")
+    after = {file: file.stat().st_mtime_ns for file in bank.iterdir()}
+    assert after.keys() == before.keys()  # nothing was computed,
+    assert [after[file] > before[file] for file in before].count(True) == 1  # as the pictures of val were found
+    predictions = (folder / "results/evaluate/predictions.csv").read_bytes()
+
+    shutil.rmtree(bank)
+    file = folder / "models/model.safetensors"
+    tensors, about = backbones.read(file)
+    assert about.pop("trained")
+    backbones.write(file, tensors, {key: value for key, value in about.items() if key != "digest"})
+    run_forked(folder, "evaluate")
+    assert not bank.exists()
+    assert (folder / "results/evaluate/predictions.csv").read_bytes() == predictions
+
+
 def test_test_time_augmentation_is_the_mean_over_views(trained):
     folder, _ = trained()
     probabilities = {}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from finetune import augment, backbones, device, inference, metrics, runs, training
+from finetune import augment, backbones, cuts, device, inference, layers, metrics, runs, training
 from finetune.errors import UserError
 from finetune.params import Head
 
@@ -30,6 +30,11 @@ class Classifier:
         return self.model.network if isinstance(self.model, device.InBfloat16) else self.model
 
     @property
+    def device(self) -> torch.device:
+        """The device that it is on."""
+        return next(self.network.parameters()).device
+
+    @property
     def classes(self) -> list[str]:
         """The names that the columns of logits and probabilities stand for."""
         return self.about["classes"]
@@ -39,13 +44,28 @@ class Classifier:
         """What makes of uint8 pictures [n, 3, size, size] what the network expects."""
         return functools.partial(augment.normalize, mean=self.about["mean"], std=self.about["std"])
 
+    def cut(self) -> cuts.Cut | None:
+        """Return the network cut before the first layer that was trained, where its training was cut in validation.
+
+        None where that was the first, the network can't be followed, or its file does not say what was trained.
+        """
+        trained = self.about.get("trained")
+        if trained is None:
+            return None
+        network = cuts.follow(self.network, self.about["image_size"], modes=[False])
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(layers.layer_of(name) in trained)
+        cut = network.cut(training=False) if network else None
+        self.network.requires_grad_(True)
+        return cut
+
     def logits(self, pictures: Iterable[np.ndarray], tta: str = "none") -> Iterator[np.ndarray]:
         """Yield the logits of some pictures at a time, [n, classes], in the pictures' order.
 
         Pictures are [height, width, 3] uint8, their shorter side `resize` px. `tta` is a way of test-time augmentation:
         the probabilities are the mean over its views. A picture's logits are the same bits whatever comes beside it.
         """
-        size = device.LOT[next(self.model.parameters()).device.type]
+        size = device.LOT[self.device.type]
         waiting = iter(pictures)
         lots = iter(lambda: list(islice(waiting, size)), [])  # until there is an empty one
         shown = (view for lot in lots for view in views(lot, self.about["image_size"], tta))

@@ -1,5 +1,6 @@
 """Where a network is cut: what lies before its first part that trains, or is random, follows from the picture alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -74,26 +75,29 @@ class Network:
         return []
 
 
-def follow(model: nn.Module, image_size: int) -> Network | None:
-    """Return the network whose way some pictures show; None where it can't be followed. The model stays as it was."""
+def follow(model: nn.Module, image_size: int, modes: Sequence[bool] = (False, True)) -> Network | None:
+    """Return the network whose way some pictures show; None where it can't be followed. The model stays as it was.
+
+    `modes` says of which ways it is to be known, those in evaluation (False) and in training.
+    """
     head = heads.head_layers(model)
     whole = [block.name for block in layers.blocks(model, head)] + head  # no cut is within these
     parents = {name.rpartition(".")[0] for name in whole}
     opened = parents | {name[:end] for name in parents for end in range(len(name)) if name[end] == "."}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    modes = {module: module.training for module in model.modules()}
+    training = {module: module.training for module in model.modules()}
     graphs = {}
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            for is_training in (False, True):
+            for is_training in modes:
                 graphs[is_training] = layers.Tracer(opened).trace(model.train(is_training))
                 walk = _Walk(fx.GraphModule(model, graphs[is_training]))
                 walk.run(torch.zeros(PICTURES, 3, image_size, image_size))
     except Exception:  # whatever a forward pass stumbles over: it is not made for tracing
         return None
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module, was_training in training.items():
+            module.training = was_training
         with torch.no_grad():  # batch norm has taken the pictures in
             for name, buffer in model.named_buffers():
                 buffer.copy_(buffers[name])

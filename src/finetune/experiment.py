@@ -63,6 +63,14 @@ class Experiment:
         return {key: about[key] for key in ("mean", "std")}
 
     @property
+    def trained(self) -> list[str]:
+        """The layers that a run changes: those that train sooner or later, and batch norm that follows the pictures."""
+        groups = [group for group in self.groups if group.trains_in(self.settings.num_epochs - 1)]
+        follows = self.settings.backbone.batch_norm == "train"
+        norms = [name for name, each in self.model.named_modules() if follows and isinstance(each, cuts.BATCH_NORMS)]
+        return sorted({layer for group in groups for layer in group.layers}.union(norms))
+
+    @property
     def steps(self) -> int:
         """The number of steps in an epoch."""
         return len(training.slices(len(self.store.indices("train")), self.settings.batch_size))
@@ -108,7 +116,7 @@ class Experiment:
     def part(self, is_training: bool) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
         """Return what the batches of this epoch go through, and what makes of their inputs what it takes."""
         cut = self._cuts[is_training]
-        module, inputs_of = (cut.rest, _as_they_are) if cut else (self.model, self.normalize)
+        module, inputs_of = (cut.rest, inference.as_they_are) if cut else (self.model, self.normalize)
         return device.in_precision(module, self.precision), inputs_of
 
     def training_batches(self, epoch: int, first: int = 0) -> Iterator[training.Batch]:
@@ -149,10 +157,6 @@ class Experiment:
     def features(self) -> Features:
         """What the frozen part of the network makes of the pictures."""
         return Features(self.store, self.settings, self.normalization, self.device, self.bank)
-
-
-def _as_they_are(features: Tensor) -> Tensor:
-    return features
 
 
 def build(settings: params.Params, store: images.ImageStore, tensors: dict[str, Tensor], backbone: dict) -> Experiment:

@@ -16,6 +16,11 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+def as_they_are(inputs: Tensor) -> Tensor:
+    """Return inputs that a module takes as they are, such as features."""
+    return inputs
+
+
 @dataclass(frozen=True)
 class Inference:
     """A module as a function of up to a lot of inputs, of which each gives the same whatever comes beside it."""
