@@ -35,7 +35,6 @@ ABOUT = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 CONCAT_POOL = ("head.kind=concat_pool", "head.hidden=16")
 CENTER = ("augment.crop=center", "augment.flip=0")
 SAMPLER = "data.balance=sampler"
-CODE_DIGEST = functools.cache(runs.code_digest)  # it takes longer than a small network's features
 
 
 class Store:
@@ -65,7 +64,6 @@ class Store:
 def one_thread(monkeypatch):
     for name in ("make_deterministic", "keep_freed_memory"):  # they are of the whole process
         monkeypatch.setattr(device, name, lambda: None)
-    monkeypatch.setattr(runs, "code_digest", CODE_DIGEST)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

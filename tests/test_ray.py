@@ -13,9 +13,10 @@ from finetune.errors import UserError
 from finetune.trials import Driver
 from helpers import clone, differences, dvc, git, make_pictures, results, wait_for
 
+import optuna
 import pytest
 from optuna.trial import TrialState
-from test_sweep import GRID, QUICK, experiments, start, sweep, write
+from test_sweep import GRID, QUICK, FromTheSecondOn, experiments, start, sweep, write
 
 pytestmark = pytest.mark.slow
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="requirements-ray.txt is not installed")
@@ -151,7 +152,7 @@ def test_a_lost_nodes_trial_goes_on_elsewhere_and_ends_the_same_to_the_bit(tmp_p
 
 
 @needs_ray
-def test_a_node_without_the_pictures_trains_on_nothing_else(tmp_path, monkeypatch, capsys):
+def test_a_node_without_the_pictures_trains_on_nothing_else_and_a_bad_trial_is_stopped(tmp_path, monkeypatch, capsys):
     make_pictures(tmp_path / "pictures", {f"{part}/{name}": 3 for part in ("train", "val") for name in "ab"})
     archive = Path(shutil.make_archive(str(tmp_path / "pictures"), "zip", tmp_path / "pictures"))
     digest = datasets.read(tmp_path / "pictures", "pictures").digest
@@ -180,8 +181,12 @@ def test_a_node_without_the_pictures_trains_on_nothing_else(tmp_path, monkeypatc
         alone = {"search": {"lr": [0.01]}}
         assert study("alone", alone, is_bare_alone=True) == [TrialState.FAIL]
         assert f"alone-000: failed: error: can't fetch {CLOSED}: " in capsys.readouterr().out
-        assert study("both", {"search": {"lr": [0.01, 0.02]}}, is_bare_alone=False) == [TrialState.COMPLETE] * 2
-        assert f"({bare[:8]}) is not used: error: can't fetch {CLOSED}: " in capsys.readouterr().out
+        monkeypatch.setattr(optuna.pruners, "MedianPruner", lambda **_: FromTheSecondOn())
+        both = {"pruner": "median", "search": {"lr": [0.01, 0.02]}, "set": {"num_epochs": 300}}
+        assert study("both", both, is_bare_alone=False) == [TrialState.COMPLETE, TrialState.PRUNED]
+        said = capsys.readouterr().out
+        assert f"({bare[:8]}) is not used: error: can't fetch {CLOSED}: " in said
+        assert "both-001: stopped early  dvc exp run -S num_epochs=300 -S lr=0.02" in said
     (log,) = tmp_path.glob("node-0/finetune-*/*/slot-0.log")
     assert "Running stage 'prepare'" in log.read_text()
     assert "Running stage 'train'" not in log.read_text()

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 
@@ -95,6 +95,7 @@ def code_digests() -> dict[str, str]:
     return {file.relative_to(SOURCES).as_posix(): code_digest(file.read_text("utf-8")) for file in own}
 
 
+@cache
 def code_digest(source: str) -> str:
     """Return the sha256 of Python source as this version of Python reads it: no comments, docstrings or layout."""
     tree = ast.parse(source)
