@@ -281,9 +281,8 @@ def test_with_less_than_two_gpus_all_is_auto(folders):
 
 @pytest.mark.slow
 def test_through_dvc_ctrl_c_saves_and_last_goes_on_top(tmp_path):
-    project = clone(
-        tmp_path / "project", **TINY | LONG | {"backbone__weights": "none", "data__source": "data/tiny.yaml"}
-    )
+    source = {"backbone__weights": "none", "data__source": "data/tiny.yaml"}
+    project = clone(tmp_path / "project", **TINY | LONG | source | {"num_epochs": 1000})
     process = subprocess.Popen(
         ["dvc", "exp", "run"], cwd=project, env=as_user(project) | LAUNCHED, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -127,10 +127,10 @@ def test_a_killed_sweep_goes_on_with_what_it_had(project):
 
 @pytest.mark.slow
 def test_stopped_by_the_user_it_saves_what_is_running(project):
-    file = write(project, "mine", GRID | {"search": {"lr": [0.001, 0.01]}, "set": {"num_epochs": 3000}})
+    file = write(project, "mine", GRID | {"search": {"lr": [0.001, 0.01]}, "set": {"num_epochs": 20000}})
     process = start(project, file, "-j", "2")
     logs = [project / f".dvc/tmp/sweeps/mine/mine-00{number}.log" for number in range(2)]
-    wait_for(lambda: all(log.exists() and "epoch 2/3000" in log.read_text() for log in logs))
+    wait_for(lambda: all(log.exists() and "epoch 2/20000" in log.read_text() for log in logs))
     assert "another process runs this sweep" in sweep(project, file, status=1)
     process.send_signal(signal.SIGTERM)
     said = process.communicate()[0]
@@ -165,7 +165,7 @@ def test_a_bad_trial_is_stopped_and_its_command_would_go_on(project, monkeypatch
     for name in ("DATA_ARCHIVE", "WEIGHTS_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(optuna.pruners, "MedianPruner", lambda **_: FromTheSecondOn())
-    content = GRID | {"pruner": "median", "search": {"lr": [0.001, 0.01]}, "set": {"num_epochs": 60}}
+    content = GRID | {"pruner": "median", "search": {"lr": [0.001, 0.01]}, "set": {"num_epochs": 300}}
     folder = project / ".dvc/tmp/sweeps/mine"
     folder.mkdir(parents=True)
     repository = Repository(project)
@@ -174,14 +174,14 @@ def test_a_bad_trial_is_stopped_and_its_command_would_go_on(project, monkeypatch
     driver.run()
     assert [each.state for each in driver.study.trials] == [TrialState.COMPLETE, TrialState.PRUNED]
     epochs = driver.study.trials[0].intermediate_values
-    assert list(epochs) == list(range(1, 61))
+    assert list(epochs) == list(range(1, 301))
     assert experiments(project).keys() == {"mine-000"}
     last = metrics(experiments(project)["mine-000"])["val_loss"]
-    assert epochs[60] == pytest.approx(last, abs=1e-4)
+    assert epochs[300] == pytest.approx(last, abs=1e-4)
     stopped = (folder / "mine-001.log").read_text()
     assert "all of them saved" in stopped
-    assert "epoch 60/60" not in stopped
-    assert "going on after" in dvc(project, "exp", "run", "-S", "num_epochs=60", "-S", "lr=0.01")
+    assert "epoch 300/300" not in stopped
+    assert "going on after" in dvc(project, "exp", "run", "-S", "num_epochs=300", "-S", "lr=0.01")
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from finetune import canvas, charts, gallery, gradcam, metrics
 from finetune.classifier import Classifier
+from finetune.parallel import parallel_map
 
 import numpy as np
 from torch import Tensor
@@ -85,11 +86,17 @@ def draw_galleries(
         for row, at in enumerate(shown)
     }
     many = f"{len(highest)} of {len(losses):,} validation pictures"
-    for name, title, chosen in (
-        ("highest_loss", f"Highest loss: {many}", highest),
-        ("random", f"At random: {many}, seed {seed}", random),
-    ):
+
+    galleries = {
+        "highest_loss": (f"Highest loss: {many}", highest),
+        "random": (f"At random: {many}, seed {seed}", random),
+    }
+
+    def draw(name: str) -> None:
+        title, chosen = galleries[name]
         canvas.save(gallery.sheet(title, [predictions[at] for at in chosen]), folder / f"{name}.png")
+
+    list(parallel_map(draw, galleries))
 
 
 def what_decided(model: Classifier, pictures: Tensor, guesses: np.ndarray) -> np.ndarray | None:
