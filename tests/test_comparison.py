@@ -35,10 +35,9 @@ def test_a_comparison_counts_the_pictures_that_are_right_in_one_alone():
     assert (found.n, found.only_first, found.only_second, found.differs) == (153, 4, 9, False)
     assert found.difference == pytest.approx(5 / 153)
     assert found.low < 0 < found.difference < found.high
-    assert found == comparison.compare(*pair(120, 4, 9, 20))  # the bootstrap has a seed
     back = comparison.compare(*reversed(pair(120, 4, 9, 20)))
     assert (back.difference, back.p) == (-found.difference, found.p)
-    assert [back.low, back.high] == pytest.approx([-found.high, -found.low], abs=0.01)
+    assert [back.low, back.high] == [-found.high, -found.low]
 
 
 def test_pictures_are_paired_by_path_not_by_place():
@@ -52,14 +51,34 @@ def test_pictures_are_paired_by_path_not_by_place():
     ("rates", "n"),
     [((0.03, 0.06), 153), ((0.02, 0.08), 153), ((0.005, 0.0), 153), ((0.15, 0.15), 153), ((0.1, 0.2), 40)],
 )
-def test_the_interval_covers_the_true_difference(rates, n, monkeypatch):
-    monkeypatch.setattr(comparison, "DRAWS", 1000)
+def test_the_interval_covers_the_true_difference(rates, n):
     trials = np.random.default_rng(1).multinomial(n, [*rates, 1 - sum(rates)], size=400)
     found = [comparison.of_counts(n, int(first), int(second)) for first, second, _ in trials]
     covered = np.mean([each.low <= rates[1] - rates[0] <= each.high for each in found])
     assert covered >= 0.93  # 0.95, less two standard errors of 400 trials
     if sum(rates) > 0.05:
         assert covered <= 0.985  # no longer than they need be
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [(1, 0, 1), (7, 7, 0), (20, 0, 3), (153, 0, 0), (153, 5, 10), (400, 90, 60), (2500, 3, 0), (9000, 700, 800)],
+)
+def test_the_interval_is_that_of_draws(counts):
+    """Of a million, each quantile being between those a little below and above it."""
+    n, first, second = counts
+    kinds = np.array([first + 0.5, second + 0.5, n - first - second + 1])
+    drawn = np.random.default_rng(0).multinomial(n, kinds / kinds.sum(), 10**6)
+    gained = (drawn[:, 1] - drawn[:, 0]) / n
+    found = comparison.of_counts(*counts)
+    for bound, level in ((found.low, 0.025), (found.high, 0.975)):
+        assert np.mean(gained < bound) < level + 0.001
+        assert np.mean(gained <= bound) > level - 0.001
+
+
+def test_a_bound_that_is_just_at_its_level_makes_the_wider_interval():
+    found = comparison.of_counts(3, 0, 0)  # with 0.001 + 3 * 0.01 * 0.8 at and below -2
+    assert (found.low, found.high) == (-2 / 3, 2 / 3)
 
 
 def test_classifiers_that_agree_may_still_differ_elsewhere():
@@ -105,6 +124,21 @@ def test_the_least_difference_that_is_not_chance(first, second, expected):
 )
 def test_what_it_says_in_words(counts, said):
     assert comparison.sentence("A", "B", comparison.of_counts(*counts)) == said
+
+
+@pytest.mark.parametrize(
+    ("p", "said"),
+    [
+        (1, "p = 1"),
+        (0.996, "p = 1"),
+        (0.3, "p = 0.3"),
+        (0.125, "p = 0.12"),
+        (0.00012, "p = 0.00012"),
+        (9e-5, "p < 0.0001"),
+    ],
+)
+def test_p_has_two_digits(p, said):
+    assert comparison.p_value(p) == said
 
 
 def test_other_pictures_are_an_error_that_counts_them():

@@ -1,5 +1,6 @@
 """The report: what it says of experiments, the command line, and the page in a browser, where there is one."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -7,16 +8,17 @@ import sys
 import time
 from pathlib import Path
 
-from finetune import comparison, reports
+from finetune import comparison, repeats, reports
 from finetune.comparison import Predictions
-from finetune.experiments import Experiment, Experiments
+from finetune.experiments import PREDICTIONS, Experiment, Experiments
 from finetune.reports import Record
-from helpers import ROOT, as_user, dvc, git, make_repository, predicted, write_experiment
+from helpers import ROOT, as_user, dvc, git, make_repository, predicted, run_forked, write_experiment
 from report import QUEUE_LINE
 
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import stats
 
 HEAD = "a" * 40
 BASELINE = {"lr": 0.001, "momentum": 0.9, "resume": "auto", "backbone.trainable": "head"}
@@ -116,10 +118,30 @@ def test_what_cannot_be_told_from_the_best_is_marked():
     records = [best, *(Record(experiment(name, {"eval.acc": acc}), predictions=p) for name, (acc, p) in others.items())]
     found = reports.contents(records, {}, HEAD)["experiments"]
     assert [each.get("equal") for each in found] == [None, True, False, None, None]
-    assert found[2]["says"].startswith("worse is right on 0 pictures where best is wrong, and wrong on 16 where")
-    assert "not evaluated on the same pictures" in found[3]["says"]
-    assert "says" not in found[4]
     assert found[0]["of"] == found[1]["of"] != found[3]["of"]
+
+
+def test_the_page_is_told_what_repeats_what():
+    def evaluated(name: str, metrics: dict | None = None, code: str = "ab", **settings) -> Experiment:
+        stages = {"evaluate": {"deps": {"src/evaluate.py": code}, "outs": {PREDICTIONS: "cd"}}}
+        return dataclasses.replace(experiment(name, metrics, **settings), stages=stages)
+
+    records = [
+        Record(evaluated("a", seed=1, data__fold=2, data__folds=3)),
+        Record(evaluated("its repeat", seed=2, device="cuda", data__folds=3)),
+        Record(evaluated("of other code", code="cd", data__folds=3)),
+        Record(evaluated("longer", {"continues": "a"}, data__folds=3)),
+        Record(evaluated("other settings")),
+        Record(dataclasses.replace(evaluated("of another commit"), baseline="b" * 40)),
+        Record(dataclasses.replace(evaluated("a branch"), baseline="")),
+        Record(experiment("not evaluated")),
+        Record(evaluated("failed"), "failed"),
+    ]
+    found = reports.grouped(records)
+    assert [each["alike"] for each in found] == [0, 0, 0, 0, 1, 1, 1, 1, 1]
+    assert [each.get("group") for each in found] == [0, 0, 1, None, 2, 3, None, None, None]
+    assert [each.get("repeat") for each in found[:5]] == [(1, 2), (2, 0), (0, 0), None, (0, 0)]
+    assert [each.get("folds") for each in found[:5]] == [True, True, True, None, None]
 
 
 def test_the_curves_of_different_lengths_have_a_row_an_epoch(tmp_path):
@@ -403,7 +425,7 @@ def test_details_and_comparisons_say_what_python_says(opened, tmp_path):
         said = comparison.sentence(
             *(each.experiment.name for each in pair), comparison.compare(*(each.predictions for each in pair))
         )
-        assert page.locator("#compared .says").inner_text() == said
+        assert page.locator("#compared .says").inner_text().split("\n")[0] == said
 
     page.locator("tbody .open").nth(2).press("Enter")
     dialog = page.locator("#details")
@@ -414,6 +436,162 @@ def test_details_and_comparisons_say_what_python_says(opened, tmp_path):
     assert dialog.locator("img").evaluate("img => img.decode().then(() => img.naturalWidth)") == 40
     page.keyboard.press("Escape")
     assert not dialog.is_visible()
+
+
+@pytest.fixture(scope="module")
+def repeated(tmp_path_factory) -> Path:
+    """A repository with groups of experiments: of seeds, of folds, and of both."""
+    folder = make_repository(tmp_path_factory.mktemp("repeated") / "project")
+    rng, created = np.random.default_rng(1), iter(range(10**9, 2 * 10**9))
+
+    def write(
+        name: str, better: float, pictures: int = 153, fold: int = 0, seed: int = 0, continues: str = "", **settings
+    ) -> None:
+        hardness = np.random.default_rng(fold).normal(1, 1, pictures)
+        right = hardness + better + rng.normal(0, 0.3) + rng.normal(0, 1, pictures) > 0
+        settings |= {"seed": seed, "data__fold": fold}
+        rows = predicted([bool(each) for each in right], f"fold-{fold}")
+        metrics = {"eval.acc": float(right.mean())} | ({"continues": continues} if continues else {})
+        write_experiment(folder, name, settings, metrics, rows, created=next(created))
+
+    for seed in (0, 1, 2, 3, 4):
+        write(f"low-{seed}", 0, seed=seed)
+    write("high-2-older", -3, seed=2, lr=0.7)
+    for seed in (4, 3, 2, 1, 0, 7):
+        write(f"high-{seed}", 1.2, seed=seed, lr=0.7)
+    for seed in (0, 1):
+        write(f"few-{seed}", 0.2, seed=seed, lr=0.8)
+        write(f"longer-{seed}", 0.2, seed=seed, continues="low-0", lr=0.9)
+    for fold in range(3):
+        write(f"alex-{fold}", 0, 50 + fold, fold, data__folds=3)
+        write(f"squeeze-{fold}", 0.5, 50 + fold, fold, data__folds=3, model_name="squeezenet")
+        for seed in (1, 2, 3):
+            if (seed, fold) != (2, 1):
+                write(f"alex-{fold}-{seed}", 0, 50 + fold, fold, seed, data__folds=3)
+            write(f"dense-{fold}-{seed}", 0.2, 50 + fold, fold, seed, data__folds=3, model_name="densenet121")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def of_repeated(repeated) -> dict:
+    report(repeated)
+    return shown_in(repeated / "results/report.html")
+
+
+def said_by_script(folder: Path, *arguments: str) -> str:
+    printed = run_forked(folder, "compare", *arguments, "--json")
+    return "\n".join(json.loads(printed[printed.index("{") : printed.rindex("}") + 1])["verdict"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "second", "same_pictures", "over"),
+    [
+        ("low-1", "high-0", True, "Over 5 seeds of each"),
+        ("high-3", "low-2", True, "Over 5 seeds of each"),
+        ("low-1", "high-2-older", True, "Over 5 seeds of each"),  # in place of high-2, which is newer
+        ("low-1", "few-0", True, "Over 2 seeds of each"),
+        ("high-0", "high-1", True, ""),
+        ("low-1", "longer-1", True, ""),  # which are on top of another
+        ("alex-0", "squeeze-0", True, "Over 3 folds of each"),
+        ("alex-1", "squeeze-2", False, "Over 3 folds of each"),
+        ("alex-1-1", "dense-1-2", True, "Over 2 seeds and 3 folds of each"),  # seed 2 lacks a fold of alex
+        ("squeeze-0", "dense-0-1", True, ""),  # no seed in common
+        ("low-0", "squeeze-1", False, ""),
+    ],
+)
+def test_two_experiments_are_compared_as_the_script_does(
+    opened, repeated, of_repeated, first, second, same_pictures, over
+):
+    page = opened(of_repeated)
+    page.select_option("select[aria-label='first experiment']", label=first)
+    page.select_option("select[aria-label='second experiment']", label=second)
+    says = page.locator("#compared .says").all_inner_texts()
+    assert len(says) == 1 + bool(over)
+    if same_pictures:
+        assert says[0] == said_by_script(repeated, first, second, "--alone")
+    else:
+        assert says[0] == "They were not evaluated on the same pictures."
+    if over:
+        assert says[1] == said_by_script(repeated, first, second)
+        assert page.locator(".verdicts > div > p:first-child").all_inner_texts() == [
+            "The two trained networks alone",
+            over,
+        ]
+    elif same_pictures:
+        assert says[0] == said_by_script(repeated, first, second)
+
+
+@pytest.mark.slow
+def test_the_repeats_that_are_left_out_are_named(opened, of_repeated):
+    page = opened(of_repeated)
+    page.select_option("select[aria-label='first experiment']", label="low-0")
+    page.select_option("select[aria-label='second experiment']", label="high-0")
+    said = "Not compared, as the other side lacks their seed or fold: high-7."
+    assert page.locator("#compared .verdicts").get_by_text(said, exact=True).count() == 1
+
+
+# The page's statistics, which are Python's once more ------------------------------------------------------------------
+
+
+def test_students_t_is_that_of_scipy(opened):
+    page = opened(reports.contents(made_up(2), {}, HEAD))
+    cases = [(t, df) for t in (0, 1e-6, 0.3, 1, 2.2, 5, 40) for df in (1, 1.4, 2, 3.7, 10, 153.2, 5000, 1e5)]
+    found = page.evaluate("cases => cases.map(([t, freedom]) => student(t, freedom))", cases)
+    assert found == pytest.approx([2 * stats.t.sf(t, df) for t, df in cases], rel=1e-8, abs=1e-300)
+    levels = [(level, df) for level in (0.5, 0.05, 0.001) for df in (1, 1.4, 2, 3.7, 10, 153.2, 5000, 1e5)]
+    found = page.evaluate("levels => levels.map(([level, freedom]) => studentBeyond(level, freedom))", levels)
+    assert found == pytest.approx([stats.t.isf(level / 2, df) for level, df in levels], rel=1e-8)
+
+
+def test_comparisons_of_two_are_those_of_python(opened):
+    page = opened(reports.contents(made_up(2), {}, HEAD))
+    rng = np.random.default_rng(0)
+    counts = [
+        (1, 0, 1),
+        (3, 0, 0),
+        (8, 8, 0),
+        (16, 0, 4),
+        (153, 0, 0),
+        (153, 5, 10),
+        (2500, 3, 0),
+        (50_000, 2900, 3100),
+    ]
+    counts += [(n, *map(int, rng.integers(0, n // 3 + 1, 2))) for n in (3, 20, 153, 153, 153, 700) for _ in range(5)]
+    found = page.evaluate("counts => counts.map((each) => ofCounts(...each))", counts)
+    for each, shown in zip(counts, found, strict=True):
+        expected = comparison.of_counts(*each)
+        names = ("n", "difference", "low", "high", "detectable")
+        assert [shown[name] for name in names] == [getattr(expected, name) for name in names], each
+        assert shown["p"] == pytest.approx(expected.p, rel=1e-9)
+        assert page.evaluate("pValue", shown["p"]) == comparison.p_value(expected.p)
+
+
+@pytest.mark.parametrize(("runs", "pictures", "spread"), [(2, 153, 0.5), (3, 20, 0), (5, 153, 0.5), (20, 1000, 0.1)])
+def test_comparisons_over_runs_are_those_of_python(opened, runs, pictures, spread):
+    page = opened(reports.contents(made_up(2), {}, HEAD))
+    rng = np.random.default_rng(runs)
+    first, second = (rng.random((runs, pictures)) < 0.8 + rng.normal(0, spread, (runs, 1)) for _ in range(2))
+    pairs = [
+        tuple(predictions("".join("01"[int(each)] for each in side)) for side in run)
+        for run in zip(first, second, strict=True)
+    ]
+    expected = dataclasses.asdict(repeats.compare_runs(pairs))
+    gained = (second.astype(int) - first).tolist()
+    found = page.evaluate("compareRuns", gained)
+    assert found["differences"] == pytest.approx(expected["differences"])
+    for name in ("n", "difference", "low", "high", "p"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-8)
+    assert found["shareOfRuns"] == pytest.approx(expected["share_of_runs"])
+
+
+def test_numbers_are_rounded_as_by_python(opened):
+    page = opened(reports.contents(made_up(2), {}, HEAD))
+    numbers = [0, 6.25, -6.25, 6.75, 1.15, 0.05, -0.04, 12.5, 13.5, 100 / 3, -1.25, 62.5]
+    found = page.evaluate("numbers => numbers.map((each) => [decimals(each, 1), decimals(each, 0)])", numbers)
+    assert found == [[f"{each:.1f}", f"{each:.0f}"] for each in numbers]
+    shares = [1, 0.996, 0.125, 0.0625, 0.3, 0.10, 0.0034, 0.00012, 9e-5, 0.99999]
+    assert page.evaluate("shares => shares.map(pValue)", shares) == [comparison.p_value(each) for each in shares]
 
 
 def test_the_page_fits_a_phone(opened):

@@ -16,7 +16,6 @@ from finetune.errors import UserError
 import numpy as np
 
 LEVEL = 0.05  # what happens by chance at most this often isn't taken for chance
-DRAWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -118,14 +117,21 @@ def aligned_to(first: Predictions, second: Predictions) -> Predictions:
 def of_counts(n: int, only_first: int, only_second: int) -> Comparison:
     """Return the comparison of n pictures, of which so many are right in the one alone and in the other alone.
 
-    The interval is that of a bootstrap over the pictures, drawn as what they amount to: how many of them are of each
-    kind. Each kind begins with half a picture (and those right or wrong in both with one), or two classifiers that
-    differ on few pictures would have too short an interval, and those that differ on none an empty one. (Agresti and
-    Min 2005 add the same to an interval without a bootstrap, doi:10.1002/sim.1781.)
+    The interval is that of a bootstrap over the pictures: of all its draws, with the probability of each. A draw is
+    what it amounts to: how many pictures are of each kind. Each kind begins with half a picture (and those right or
+    wrong in both with one), or two classifiers that differ on few pictures would have too short an interval, and those
+    that differ on none an empty one. (Agresti and Min 2005 add the same to an interval without a bootstrap,
+    doi:10.1002/sim.1781.)
     """
-    kinds = np.array([only_first + 0.5, only_second + 0.5, n - only_first - only_second + 1])
-    drawn = np.random.default_rng(0).multinomial(n, kinds / kinds.sum(), DRAWS)
-    low, high = np.quantile((drawn[:, 1] - drawn[:, 0]) / n, [LEVEL / 2, 1 - LEVEL / 2])
+    first, second, neither = np.array([only_first + 0.5, only_second + 0.5, n - only_first - only_second + 1]) / (n + 2)
+    variance = n * (first + second - (second - first) ** 2)
+    half = math.ceil(8 * variance**0.5) + 16  # what is further from the mean is not worth a digit
+    start = round(n * (second - first)) - half
+    waves = np.exp(2j * np.pi * np.arange(2 * half) / (2 * half))
+    of_one = first / waves + neither + second * waves  # the characteristic function of one picture's difference
+    chances = np.fft.fft(of_one**n * waves**-start).real / (2 * half)  # of the differences from start on
+    levels = [LEVEL / 2 - 1e-9, 1 - LEVEL / 2 + 1e-9]  # of a bound that is just at its level, the wider interval
+    low, high = (start + np.searchsorted(chances.cumsum(), levels)) / n
     difference = (only_second - only_first) / n
     p = mcnemar(only_first, only_second)
     return Comparison(n, only_first, only_second, difference, float(low), float(high), p)
@@ -191,4 +197,4 @@ def p_value(p: float) -> str:
     """Return 'p = 0.27', with two digits that count, or 'p < 0.0001'."""
     if p < 1e-4:
         return "p < 0.0001"
-    return f"p = {round(p, 1 - math.floor(math.log10(p)))}" if p < 1 else "p = 1"
+    return f"p = {p:.2g}"

@@ -33,17 +33,18 @@ def seed_and_fold(settings: Mapping[str, Any]) -> Repeat:
     return settings.get("seed", 0), settings.get("data.fold", 0)
 
 
+def group(experiment: Experiment) -> tuple[dict[str, Any], dict[str, str]] | None:
+    """Return what is the same in experiments that differ in seed and fold alone: settings, and digests of code and
+    files. None of one that trained on top of another, which stands alone."""
+    return None if "continues" in experiment.metrics else (shared_settings(experiment.settings), experiment.inputs)
+
+
 def repeats(of: Experiment, experiments: Sequence[Experiment]) -> dict[Repeat, Experiment]:
-    """Return by seed and fold the experiment itself and those among others, the oldest first, that differ from it in
-    these alone, and were made by the same code of the same files; of equals the newest. One that trained on top of
-    another stands alone."""
-    found = {}
-    if "continues" not in of.metrics:
-        inputs = of.inputs
-        alike = [each for each in experiments if "continues" not in each.metrics and each.inputs == inputs]
-        shared = shared_settings(of.settings)
-        found = {seed_and_fold(each.settings): each for each in alike if shared_settings(each.settings) == shared}
-    return dict(sorted((found | {seed_and_fold(of.settings): of}).items()))
+    """Return by seed and fold the experiment itself and those of its group among others, the oldest first; of equals
+    the newest."""
+    shared = group(of)
+    alike = [each for each in experiments if shared and group(each) == shared]
+    return dict(sorted({seed_and_fold(each.settings): each for each in [*alike, of]}.items()))
 
 
 def in_both(first: Mapping[Repeat, Any], second: Mapping[Repeat, Any], pooled: bool) -> dict[str, list[Repeat]]:

@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune import comparison
+from finetune import comparison, repeats
 from finetune.comparison import Predictions
-from finetune.errors import UserError
-from finetune.experiments import Experiment
+from finetune.experiments import PREDICTIONS, Experiment
 from finetune.search import overrides
 
 import numpy as np
@@ -24,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 PAGE = Path(__file__).parent / "page"
-SCRIPTS = ("words.js", "table.js", "charts.js", "plots.js", "details.js", "main.js")  # they see each other's functions
+SCRIPTS = ("words.js", "statistics.js", "table.js", "charts.js", "plots.js", "details.js", "main.js")  # see each other
 
 RANKED_BY = (
     ("eval.acc", "eval.loss"),
@@ -74,14 +73,19 @@ def contents(records: Sequence[Record], baselines: dict[str, dict[str, Any]], he
     numbers = [key for each in ordered for key, value in each.experiment.metrics.items() if _is_number(value)]
     found = [key for key in dict.fromkeys(numbers) if key not in (*ASIDE, *names, *common)]
     metrics = [*(key for key in FIRST if key in found), *(key for key in found if key not in FIRST)]
-    verdicts = against_best(ordered)
+    verdicts, groups = against_best(ordered), grouped(ordered)
     sets: dict[str, int] = {}  # the files that stages read, each collection once
     pictures = Pictures(WITH_PICTURES, PICTURES_ROOM)
     plain = []
-    both = tqdm(
-        zip(ordered, verdicts, strict=True), "pictures", len(ordered), unit=" experiments", delay=2, disable=None
+    all_of_each = tqdm(
+        zip(ordered, verdicts, groups, strict=True),
+        "pictures",
+        len(ordered),
+        unit=" experiments",
+        delay=2,
+        disable=None,
     )
-    for record, verdict in both:
+    for record, verdict, group in all_of_each:
         experiment = record.experiment
         embedded = pictures.embedded(record.pictures)
         values = {
@@ -104,6 +108,7 @@ def contents(records: Sequence[Record], baselines: dict[str, dict[str, Any]], he
             "pictures": embedded,
             "leftOut": (bool(record.pictures) and not embedded) or None,
             **verdict,
+            **group,
         }
         plain.append({key: value for key, value in values.items() if value not in (None, [], {}, "")})
     return {
@@ -127,9 +132,9 @@ def split(settings: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, Any]
 def against_best(ordered: Sequence[Record]) -> list[dict[str, Any]]:
     """Return for each record how it compares with the first, which has the highest accuracy.
 
-    `equal` is True where the two can't be told apart and False where it is shown to be worse; `says` has the comparison
-    in words, or why there is none. `right` has a bit for each picture, in base64, in the order of their paths, `n` is
-    their number, and `of` identifies pictures and labels: two with the same can be compared.
+    `equal` is True where the two can't be told apart and False where it is shown to be worse. `right` has a bit for
+    each picture, in base64, in the order of their paths, `n` is their number, and `of` identifies pictures and labels:
+    two with the same can be compared.
     """
     if not ordered:
         return []
@@ -137,19 +142,39 @@ def against_best(ordered: Sequence[Record]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [_right(each.predictions) if each.predictions else {} for each in ordered]
     if not best.predictions:
         return found
-    others = [(index, each.predictions) for index, each in enumerate(ordered) if index and each.predictions]
-    told = comparison.told_apart(best.predictions, [predictions for _, predictions in others])
-    for (index, predictions), is_worse in zip(others, told, strict=True):
+    others = {index: each.predictions for index, each in enumerate(ordered) if index and each.predictions}
+    for index, is_worse in zip(others, comparison.told_apart(best.predictions, list(others.values())), strict=True):
         if is_worse is not None:
             found[index]["equal"] = not is_worse
-        try:
-            compared = comparison.compare(best.predictions, predictions)
-            said = comparison.sentence(best.experiment.name, ordered[index].experiment.name, compared)
-            interval = f"95 % interval {100 * compared.low:+.1f} to {100 * compared.high:+.1f}"
-            found[index]["says"] = f"{said} Accuracy {100 * compared.difference:+.1f} points, {interval}."
-        except UserError as error:
-            found[index]["says"] = str(error)
     return found
+
+
+def grouped(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Return for each record what tells the page which others repeat it, as src/compare.py finds them.
+
+    Two with the same `alike` have the same settings, seed and fold apart. Two with the same `group` repeat each other:
+    their code and files are the same, too, and their commit, and they were evaluated. `repeat` is seed and fold,
+    `folds` says whether each fold validates other pictures.
+    """
+    settings: list[Any] = []
+    shared: list[Any] = []
+    found: list[dict[str, Any]] = []
+    for experiment, state in ((each.experiment, each.state) for each in records):
+        known: dict[str, Any] = {"alike": _place(settings, repeats.shared_settings(experiment.settings))}
+        group = repeats.group(experiment)
+        if group and experiment.baseline and state == "finished" and PREDICTIONS in experiment.outs:
+            known["group"] = _place(shared, (group, experiment.baseline))
+            known["repeat"] = repeats.seed_and_fold(experiment.settings)
+            known["folds"] = bool(experiment.settings.get("data.folds")) or None
+        found.append(known)
+    return found
+
+
+def _place(known: list[Any], thing: Any) -> int:
+    """Return the place of a thing in a list of what is known, where it is added if need be."""
+    if thing not in known:
+        known.append(thing)
+    return known.index(thing)
 
 
 def _right(predictions: Predictions) -> dict[str, Any]:

@@ -8,7 +8,6 @@ function openDetails(experiment) {
       el('h2', { id: 'details-title', tabindex: '-1' }, experiment.name, ' ', badge(experiment)),
       el('button', { class: 'close', 'aria-label': 'Close', onclick: () => dialog.close() }, '×')),
     facts(experiment),
-    experiment.says ? el('p', { class: 'says' }, experiment.says) : null,
     ...experiment.missing.map((text) => el('p', { class: 'warning' }, text)),
     ...reproduce(experiment),
     ...pictures(experiment),
@@ -127,7 +126,11 @@ function buildCompare() {
 function difference(first, second) {
   if (first === second) return el('p', { class: 'quiet' }, 'Two different ones, please.');
   const parts = [];
-  if (first.state === 'finished' && second.state === 'finished') parts.push(el('p', { class: 'says' }, sentence(first, second)));
+  if (first.state === 'finished' && second.state === 'finished') {
+    parts.push(el('div', { class: 'verdicts' }, verdicts(first, second).map(({ title, lines, left }) => el('div', {},
+      title ? el('p', { class: 'quiet' }, title) : null, el('p', { class: 'says' }, lines.join('\n')),
+      left?.length ? el('p', { class: 'quiet' }, `Not compared, as the other side lacks their seed or fold: ${left.slice(0, 5).join(', ')}${left.length > 5 ? ', …' : '.'}`) : null))));
+  }
   const rows = [
     ...COLUMNS.filter((column) => column.kind === 'setting').filter((column) => exact(column.of(first)) !== exact(column.of(second)))
       .map((column) => [column, exact(column.of(first)), exact(column.of(second))]),

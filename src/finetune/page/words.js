@@ -1,4 +1,4 @@
-// Numbers, tests and values in words; elements of the page. Nothing here knows the page's parts.
+// Numbers and values in words; elements of the page. Nothing here knows the page's parts.
 
 const DATA = JSON.parse(document.getElementById('data').textContent);
 const EXPERIMENTS = DATA.experiments.map((each, rank) => ({
@@ -6,7 +6,6 @@ const EXPERIMENTS = DATA.experiments.map((each, rank) => ({
   revision: '', baseline: '', created: '', ...each, rank,
 }));
 const LOWER_IS_BETTER = /loss|ece|seconds|size|epochs/;
-const LEVEL = 0.05;  // what happens by chance at most this often isn't taken for chance
 
 const byId = (id) => document.getElementById(id);
 
@@ -82,62 +81,17 @@ function counted(count, what) {
   return `${count} ${what}${count === 1 ? '' : 's'}`;
 }
 
-// Two experiments -----------------------------------------------------------------------------------------------------
-
-/** How many pictures the first alone is right on, and the second alone; null where they can't be compared. */
-function onlyInOne(first, second) {
-  if (!first.of || first.of !== second.of) return null;
-  const [one, other] = [first, second].map((each) => Uint8Array.from(atob(each.right), (char) => char.charCodeAt(0)));
-  let onlyFirst = 0;
-  let onlySecond = 0;
-  for (let index = 0; index < one.length; index++) {
-    onlyFirst += ones(one[index] & ~other[index]);
-    onlySecond += ones(other[index] & ~one[index]);
-  }
-  return { n: first.n, onlyFirst, onlySecond };
+/** A number with so many decimals; a tie goes to the even digit, as in Python. */
+function decimals(value, digits) {
+  const isTie = Math.abs(value * 2 ** (digits + 1)) % 2 === 1;
+  return (isTie ? 2 * Math.round(value * 10 ** digits / 2) / 10 ** digits : value).toFixed(digits);
 }
 
-function ones(byte) {
-  let count = 0;
-  for (let rest = byte & 255; rest; rest &= rest - 1) count++;
-  return count;
-}
-
-/** The probability of so uneven a split or a more uneven one, were either as likely: McNemar's test, exact, two-sided. */
-function mcnemar(onlyFirst, onlySecond) {
-  const trials = onlyFirst + onlySecond;
-  let term = -trials * Math.LN2;  // logarithm of the probability of each number of heads
-  let total = 0;
-  for (let heads = 0; heads <= Math.min(onlyFirst, onlySecond); heads++) {
-    total += Math.exp(term);
-    term += Math.log(trials - heads) - Math.log(heads + 1);
-  }
-  return Math.min(1, 2 * total);
-}
-
-/** What the comparison of two experiments says, as finetune.comparison words it. */
-function sentence(first, second) {
-  const compared = onlyInOne(first, second);
-  if (!compared) {
-    const without = [first, second].filter((each) => !each.of).map((each) => each.name);
-    if (without.length) return `There are no predictions of ${without.join(' and ')} here to compare.`;
-    return 'They were not evaluated on the same pictures, so only their settings can be compared.';
-  }
-  const { n, onlyFirst, onlySecond } = compared;
-  if (!(onlyFirst + onlySecond)) {
-    return `${first.name} and ${second.name} are right on the same pictures, and wrong on the same: all ${n}.`;
-  }
-  const p = mcnemar(onlyFirst, onlySecond);
-  const counts = `${second.name} is right on ${counted(onlySecond, 'picture')} where ${first.name} is wrong, `
-    + `and wrong on ${onlyFirst} where ${first.name} is right`;
-  if (p > LEVEL) return `${counts}: with ${counted(n, 'picture')} this could be chance (${pValue(p)}).`;
-  const better = onlySecond > onlyFirst ? second.name : first.name;
-  return `${counts}: with ${counted(n, 'picture')}, ${better} is better (${pValue(p)}).`;
-}
-
+/** 'p = 0.27', with two digits that count. */
 function pValue(p) {
   if (p < 1e-4) return 'p < 0.0001';
-  return p < 1 ? `p = ${Number(p.toPrecision(2))}` : 'p = 1';
+  const clean = Number(p.toPrecision(12));  // 0.125, and not the next number to it
+  return `p = ${Number(decimals(clean, 1 - Math.floor(Math.log10(clean))))}`;
 }
 
 const differ = (value) => new Set(EXPERIMENTS.map(value)).size > 1;
