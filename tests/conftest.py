@@ -1,9 +1,12 @@
 """How the tests are run."""
 
 import math
+import signal
 
 # Through DVC, and without a fixture that takes long.
 LONG = ("test_pipeline", "test_lineage", "test_queue", "test_ray", "test_summarize", "test_sweep")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored, and below, too
 
 
 def pytest_collection_modifyitems(config, items):
