@@ -398,8 +398,11 @@ def plot(found: dict, path: Path) -> None:
     left.axvline(1, color="0.5", linewidth=1)
     left.set(xscale="log", xlabel="times as fast as the baseline", title="an epoch")
     rows = found.get("pictures", {}).get("seconds", {})
+    numbers = [int(count) for count in rows]
     for way in ("4 workers", "cold", "warm"):
-        middle.loglog([int(count) for count in rows], [row[way] for row in rows.values()], marker="o", label=way)
+        middle.loglog(numbers, [row[way] for row in rows.values()], marker="o", label=way)
+    middle.set_xticks(numbers, [f"{number:,}" for number in numbers])
+    middle.minorticks_off()
     middle.set(xlabel="pictures", ylabel="seconds an epoch", title="SqueezeNet, head")
     runs = found.get("sweep", {}).get("seconds", {})
     counts = [int(key) for key in runs if key.isdigit()]
