@@ -28,8 +28,7 @@ for name in optim.OPTIMIZERS.keys() - {"lbfgs", "optimizer", "sparseadam"}:  # t
 assert not {"torch._dynamo.guards", "torch._refs", "sympy"} & set(sys.modules)
 """
 WANTS = [
-    "import torch._dynamo.config as config; assert config.recompile_limit",
-    "from torch._dynamo.utils import counters",
+    "import torch._dynamo.config as config; assert config.recompile_limit\nfrom torch._dynamo.utils import counters",
     "assert torch.compile(torch.square, backend='eager')(torch.tensor(3.0)) == 9",
     "from torch._subclasses import FakeTensorMode\n"
     "with FakeTensorMode(): assert torch.nn.Conv2d(3, 4, 3)(torch.ones(1, 3, 8, 8)).shape == (1, 4, 6, 6)",
