@@ -25,13 +25,12 @@ for name in optim.OPTIMIZERS.keys() - {"lbfgs", "optimizer", "sparseadam"}:  # t
     rates.step()
     optimizer.zero_grad()
     assert not torch.equal(model.weight, before), name
-assert not {"torch._dynamo.guards", "torch._refs", "sympy"} & set(sys.modules)
+assert not {"torch._dynamo.guards", "sympy"} & set(sys.modules)
 """
 WANTS = [
-    "import torch._dynamo.config as config; assert config.recompile_limit\nfrom torch._dynamo.utils import counters",
+    "import torch._dynamo.config as config; assert config.recompile_limit",
+    "from torch._dynamo.utils import counters",
     "assert torch.compile(torch.square, backend='eager')(torch.tensor(3.0)) == 9",
-    "from torch._subclasses import FakeTensorMode\n"
-    "with FakeTensorMode(): assert torch.nn.Conv2d(3, 4, 3)(torch.ones(1, 3, 8, 8)).shape == (1, 4, 6, 6)",
 ]
 
 
@@ -46,4 +45,4 @@ def test_no_optimizer_and_no_schedule_imports_the_compiler():
 
 @pytest.mark.parametrize("want", WANTS)
 def test_who_wants_the_compiler_has_it(want):
-    run(f"assert 'torch._dynamo.guards' not in sys.modules\n{want}\nassert 'torch._refs' in sys.modules")
+    run(f"assert 'torch._dynamo.guards' not in sys.modules\n{want}\nassert 'torch._dynamo.guards' in sys.modules")

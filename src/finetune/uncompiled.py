@@ -1,8 +1,6 @@
-"""Stand-ins for torch's compiler, which takes 1.2 s to import, and for the shapes that it knows, which take 0.5 s.
+"""A stand-in for torch's compiler, which takes 1.2 s to import: optimizers and torchvision do, to have it not compile.
 
-Optimizers and torchvision import the former to have it not compile. torch itself imports the latter: what each
-operation would return of tensors without values, which the compiler and torch.export ask. What the others ask is
-answered here, and whoever asks for more gets the modules themselves.
+What they ask is answered here. Whoever asks for more gets the compiler itself.
 """
 
 import sys
@@ -12,8 +10,7 @@ from types import ModuleType
 from typing import Any
 
 PACKAGE = "torch._dynamo"
-SHAPES = "torch._meta_registrations"
-MODULES = (PACKAGE, f"{PACKAGE}.utils", SHAPES)
+MODULES = (PACKAGE, f"{PACKAGE}.utils")
 
 
 class StandIn(ModuleType):
@@ -28,20 +25,19 @@ class StandIn(ModuleType):
 
 
 def take_place() -> None:
-    """Have the modules stood in for, unless they are there already."""
-    standing = {name: StandIn(name) for name in MODULES}
-    vars(standing[PACKAGE]).update(disable=_as_it_is, graph_break=_nothing)
-    vars(standing[f"{PACKAGE}.utils"]).update(is_compile_supported=_is_compile_supported)
-    for name, module in standing.items():
-        sys.modules.setdefault(name, module)
+    """Have the compiler stood in for, unless it is there already."""
+    if PACKAGE not in sys.modules:
+        compiler, utils = (StandIn(name) for name in MODULES)
+        vars(compiler).update(disable=_as_it_is, graph_break=_nothing)
+        vars(utils).update(is_compile_supported=_is_compile_supported)
+        sys.modules.update(zip(MODULES, (compiler, utils), strict=True))
 
 
 def leave() -> None:
-    """Have the next who imports the compiler get it, and torch know its operations' shapes."""
+    """Have the next who imports the compiler get it."""
     for name in MODULES:
         if isinstance(sys.modules.get(name), StandIn):
             del sys.modules[name]
-    import_module(SHAPES)
 
 
 def _as_it_is(function: Callable, recursive: bool = True, **_: Any) -> Callable:
