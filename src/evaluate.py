@@ -12,20 +12,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from finetune import (
-    backbones,
-    classifier,
-    device,
-    inference,
-    metrics,
-    params,
-    pictures,
-    runs,
-    stage,
-    training,
-)
-from finetune.bank import Bank
-from finetune.features import Features
+from finetune import backbones, classifier, device, inference, metrics, params, pictures, stage, training
+from finetune.features import Features, bank_of
 from finetune.files import replaced
 from finetune.images import ImageStore
 from finetune.tables import csv_text
@@ -94,10 +82,10 @@ def logits_of(
     is_of_settings = all(model.about.get(key) == value for key, value in asked.items())
     if split == "val" and settings.evaluate.tta == "none" and is_of_settings and (cut := model.cut()):
         normalization = {key: model.about[key] for key in ("mean", "std")}
-        bank = Bank(runs.scratch() / "features", settings.feature_bank_gb * 1e9)
-        batches = Features(store, settings, normalization, model.device, bank).validation_batches(cut)
+        features = Features(store, settings, normalization, model.device, bank_of(settings))
         rest = device.in_precision(cut.rest, device.precision(settings.precision, model.device))
-        for lot in inference.logits(rest, (each.inputs for each in batches), inference.as_they_are):
+        inputs = (batch.inputs for batch in features.validation_batches(cut))
+        for lot in inference.logits(rest, inputs, inference.as_they_are):
             yield lot.numpy()
     else:
         yield from model.logits((store[i] for i in store.indices(split)), settings.evaluate.tta)

@@ -47,10 +47,10 @@ class Classifier:
     def cut(self) -> cuts.Cut | None:
         """Return the network cut before the first layer that was trained, where its training was cut in validation.
 
-        None where that was the first, the network can't be followed, or its file does not say what was trained.
+        None where all were, the first was, the network can't be followed, or its file does not say what was trained.
         """
         trained = self.about.get("trained")
-        if trained is None:
+        if trained is None or layers.layers(self.network).keys() <= set(trained):
             return None
         network = cuts.follow(self.network, self.about["image_size"], modes=[False])
         for name, parameter in self.network.named_parameters():

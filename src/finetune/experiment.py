@@ -22,7 +22,7 @@ from finetune import (
 )
 from finetune.bank import Bank
 from finetune.datasets import check_num_classes
-from finetune.features import Features
+from finetune.features import Features, bank_of
 
 import torch
 from torch import Tensor, nn
@@ -171,9 +171,8 @@ def build(settings: params.Params, store: images.ImageStore, tensors: dict[str, 
     model, groups = backbones.fine_tuned(settings, tensors, backbone["missing"])
     network = cuts.follow(model, settings.data.image_size)
     objective = training.objective(settings, store.labels[store.indices("train")], place)
-    bank = Bank(runs.scratch() / "features", settings.feature_bank_gb * 1e9)
     model = model.to(place).to(memory_format=torch.channels_last)
-    return Experiment(settings, store, backbone, model, groups, objective, network, bank)
+    return Experiment(settings, store, backbone, model, groups, objective, network, bank_of(settings))
 
 
 def prepared(changes: Sequence[str]) -> tuple[params.Params, images.ImageStore]:

@@ -20,6 +20,11 @@ CODE = (augment, backbones, cuts, device, inference, training)  # what features 
 AT_HAND = 2**28  # bytes of validation features that stay in memory from epoch to epoch
 
 
+def bank_of(settings: Params) -> Bank:
+    """Return the bank that all runs of the main checkout share, as large as the settings allow."""
+    return Bank(runs.scratch() / "features", settings.feature_bank_gb * 1e9)
+
+
 class Features:
     """The features of a store's pictures, in the batches of an experiment's epochs."""
 
