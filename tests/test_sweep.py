@@ -152,6 +152,24 @@ def test_a_trial_is_as_good_as_the_mean_of_its_repeats(project):
     assert said.splitlines()[-2:] == [f"  dvc exp run -S lr=0.01 -S seed={seed}" for seed in (3, 4)]
 
 
+@pytest.mark.slow
+def test_a_clone_is_made_anew_though_something_writes_in_the_one_before(project):
+    folder = project / ".dvc/tmp/sweeps/mine/clone-0"
+    (folder / "models").mkdir(parents=True)
+    writes = "i=0; while :; do mkdir -p models; echo > models/$((i++)); done"
+    writer = subprocess.Popen(["bash", "-c", writes], cwd=folder)
+    try:
+        wait_for(lambda: len(list((folder / "models").iterdir())) > 1000)
+        clone_ = Clone(Repository(project), folder)
+        assert (folder / "params.yaml").read_bytes() == (project / "params.yaml").read_bytes()
+        assert not list((folder / "models").glob("1*"))
+    finally:
+        writer.kill()
+        writer.wait()
+    clone_.close()
+    assert list(folder.parent.iterdir()) == []
+
+
 class FromTheSecondOn(optuna.pruners.BasePruner):
     """Stops every trial but the first, after an epoch."""
 

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from configparser import ConfigParser
 from pathlib import Path
@@ -85,7 +86,9 @@ class Clone(Slot):
 
     def __init__(self, repository: Repository, folder: Path, options: Sequence[str] = ()):
         self.repository, self.folder, self.options = repository, folder, options
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():  # of a sweep that was killed: an experiment may yet be saving what it has in there
+            folder.rename(folder.with_name(f"{folder.name}-left-{time.time_ns()}"))
+        self.close()
         folder.parent.mkdir(parents=True, exist_ok=True)
         git(folder.parent, "clone", "-q", "--shared", "--no-checkout", str(repository.root), folder.name)
         git(folder, "checkout", "-q", "--detach", repository.commit)
@@ -112,8 +115,9 @@ class Clone(Slot):
         git(self.folder, "push", "-q", str(self.repository.root), f"{reference}:{reference}")
 
     def close(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the folder, and those before it that were left."""
+        for folder in (self.folder, *self.folder.parent.glob(f"{self.folder.name}-left-*")):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _restore(self) -> None:
         """Have the tracked files as they are in the repository."""
