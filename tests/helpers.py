@@ -1,5 +1,7 @@
 """What several tests need: small pictures, settings, and a script run as a user runs it."""
 
+import atexit
+import functools
 import hashlib
 import importlib
 import io
@@ -288,10 +290,26 @@ def as_user(folder: Path) -> dict[str, str]:
     return environ | {"PATH": f"{Path(sys.executable).parent}:{environ['PATH']}", "PWD": str(folder), "COLUMNS": "400"}
 
 
+COLD = {"WARM_SERVER": ""}  # variables with which DVC and the stages are started as usual
+
+
+@functools.cache
+def warm() -> dict[str, str]:
+    """Return variables with which DVC and the stages that it starts are forks: an experiment in half the time."""
+    address = Path(tempfile.mkdtemp(prefix="warm-"), "server")
+    server = subprocess.Popen([sys.executable, ROOT / "tests/warm/server.py", address], stdin=subprocess.PIPE)
+    atexit.register(shutil.rmtree, address.parent)
+    wait_for(lambda: address.exists() or server.poll() is not None)
+    assert server.poll() is None
+    return {"WARM_SERVER": str(address), "PYTHONPATH": str(ROOT / "tests/warm")}
+
+
 def dvc(folder: Path, *arguments: str, status: int = 0, **variables: str) -> str:
     """Run dvc as a user with the environment on PATH does; return what it printed."""
     outputs = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    result = subprocess.run(["dvc", *arguments], cwd=folder, env=as_user(folder) | variables, timeout=300, **outputs)
+    result = subprocess.run(
+        ["dvc", *arguments], cwd=folder, env=as_user(folder) | warm() | variables, timeout=300, **outputs
+    )
     assert result.returncode == status, result.stdout
     return result.stdout
 
@@ -301,7 +319,7 @@ def typed(folder: Path, line: str, status: int = 0, **variables: str) -> str:
     identity = {f"GIT_{role}_{key}": f"tester@{key}" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
     with tempfile.TemporaryFile("w+") as file:  # a pipe would be held open by what `dvc queue start` starts
         outputs = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
-        environ = as_user(folder) | identity | variables
+        environ = as_user(folder) | warm() | identity | variables
         result = subprocess.run(["bash", "-ec", line], cwd=folder, env=environ, timeout=900, **outputs)
         file.seek(0)
         printed = file.read()
@@ -329,7 +347,7 @@ def start_queue(folder: Path, jobs: int = 1) -> None:
     """Start a worker of the queue, and leave it alone: a pipe it would hold open to its end."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     command = ["dvc", "queue", "start", "-j", str(jobs)]
-    subprocess.run(command, cwd=folder, env=as_user(folder), check=True, **quiet)
+    subprocess.run(command, cwd=folder, env=as_user(folder) | warm(), check=True, **quiet)
 
 
 def wait_for_queue(folder: Path) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from documents import block
 from finetune import datasets
-from helpers import clone, dvc, git, have_environment, make_pictures, typed, wait_for_queue
+from helpers import COLD, clone, dvc, git, have_environment, make_pictures, typed, wait_for_queue
 
 import pytest
 import torch
@@ -158,7 +158,7 @@ def test_the_demo_learns_and_leaves_the_workspace_as_it_was(tmp_path):
     have_environment(project)
     make_demo = block("README.md", "make demo").lines[0]
     for _ in range(2):  # the second time, the results are there
-        printed = typed(project, make_demo)
+        printed = typed(project, make_demo, **COLD)
         assert "dvc exp run" in printed
         accuracies = re.findall(r"^(alexnet|squeezenet) \(.*\): val_acc (0\.\d+|1\.0+)$", printed, re.MULTILINE)
         assert [model for model, _ in accuracies] == ["alexnet", "squeezenet"]
@@ -176,7 +176,7 @@ def test_the_demo_learns_and_leaves_the_workspace_as_it_was(tmp_path):
 def test_the_defaults_reach_their_accuracy_on_the_real_pictures(tmp_path, model, least):
     project = clone(tmp_path / "project", model_name=model)
     places = {name: os.path.relpath(os.environ[name], project) for name in ("DATA_ARCHIVE", "WEIGHTS_DIR")}
-    printed = dvc(project, "exp", "run", **places)
+    printed = dvc(project, "exp", "run", **places, **COLD)
     assert "prepared 244 train and 153 val pictures of 2 classes (ants, bees)" in printed
     (row,) = experiments(project)
     assert row["val_acc"] == row["eval.acc"]

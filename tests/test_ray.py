@@ -11,7 +11,7 @@ from finetune import datasets, nodes, search, sharing
 from finetune.clones import Repository
 from finetune.errors import UserError
 from finetune.trials import Driver
-from helpers import clone, differences, dvc, git, make_pictures, results, wait_for
+from helpers import COLD, clone, differences, dvc, git, make_pictures, results, wait_for
 
 import optuna
 import pytest
@@ -131,7 +131,7 @@ def test_a_lost_nodes_trial_goes_on_elsewhere_and_ends_the_same_to_the_bit(tmp_p
     save(project)
     (tmp_path / "checkpoints").mkdir()
     with cluster(tmp_path, {}, {}) as made:
-        process = start(project, file, "--ray", made.address, CHECKPOINTS_DIR=str(tmp_path / "checkpoints"))
+        process = start(project, file, "--ray", made.address, CHECKPOINTS_DIR=str(tmp_path / "checkpoints"), **COLD)
         log = project / ".dvc/tmp/sweeps/rates/rates-001.log"
         wait_for(lambda: log.exists() and "epoch 3/" in log.read_text())
         lost = next(node for node in made.worker_nodes if node.node_id[:8] in log.read_text())
@@ -146,7 +146,7 @@ def test_a_lost_nodes_trial_goes_on_elsewhere_and_ends_the_same_to_the_bit(tmp_p
     dvc(project, "exp", "pull", "origin", "rates-001")
     dvc(project, "exp", "apply", "rates-001")
     found = results(project)
-    printed = dvc(project, "exp", "run", "--force", OMP_NUM_THREADS="1")
+    printed = dvc(project, "exp", "run", "--force", OMP_NUM_THREADS="1", **COLD)
     assert "going on after" not in printed
     assert differences(found, results(project)) == []
 

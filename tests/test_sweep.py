@@ -10,7 +10,7 @@ from pathlib import Path
 from finetune import search
 from finetune.clones import Clone, Repository
 from finetune.trials import Driver
-from helpers import TINY, as_user, clone, dvc, git, wait_for
+from helpers import TINY, as_user, clone, dvc, git, wait_for, warm
 
 import optuna
 import pytest
@@ -39,7 +39,7 @@ def write(folder: Path, name: str, content: dict) -> str:
 def start(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen:
     command = [sys.executable, "src/sweep.py", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=as_user(folder) | variables, **pipes)
+    return subprocess.Popen(command, cwd=folder, env=as_user(folder) | warm() | variables, **pipes)
 
 
 def sweep(folder: Path, *arguments: str, status: int = 0) -> str:
