@@ -20,7 +20,7 @@ def names(folder: Path, state: str) -> list[str]:
 
 
 def test_what_waits_runs_fails_and_is_stopped(tmp_path):
-    project = clone(tmp_path / "project", **SETTINGS, num_epochs=400)
+    project = clone(tmp_path / "project", **SETTINGS, num_epochs=150)
     dvc(project, "exp", "run", "--queue", "-n", "long", "-S", "num_epochs=3000")
     dvc(project, "exp", "run", "--queue", "-n", "bad", "-S", "lr=1e30")
     dvc(project, "exp", "run", "--queue", "-n", "good", "-S", "num_epochs=1")

@@ -182,11 +182,11 @@ def test_a_node_without_the_pictures_trains_on_nothing_else_and_a_bad_trial_is_s
         assert study("alone", alone, is_bare_alone=True) == [TrialState.FAIL]
         assert f"alone-000: failed: error: can't fetch {CLOSED}: " in capsys.readouterr().out
         monkeypatch.setattr(optuna.pruners, "MedianPruner", lambda **_: FromTheSecondOn())
-        both = {"pruner": "median", "search": {"lr": [0.01, 0.02]}, "set": {"num_epochs": 300}}
+        both = {"pruner": "median", "search": {"num_epochs": [2, 300]}, "set": {"lr": 0.02}}
         assert study("both", both, is_bare_alone=False) == [TrialState.COMPLETE, TrialState.PRUNED]
         said = capsys.readouterr().out
         assert f"({bare[:8]}) is not used: error: can't fetch {CLOSED}: " in said
-        assert "both-001: stopped early  dvc exp run -S num_epochs=300 -S lr=0.02" in said
+        assert "both-001: stopped early  dvc exp run -S lr=0.02 -S num_epochs=300" in said
     (log,) = tmp_path.glob("node-0/finetune-*/*/slot-0.log")
     assert "Running stage 'prepare'" in log.read_text()
     assert "Running stage 'train'" not in log.read_text()

@@ -116,8 +116,9 @@ def become(about: dict, descriptors: list[int]) -> None:
 
             status = main()
         else:
-            sys.path.insert(0, str(Path(sys.argv[0]).resolve().parent))
-            runpy.run_path(sys.argv[0], run_name="__main__")
+            script = Path(sys.argv[0]).absolute()
+            sys.path.insert(0, str(script.resolve().parent))
+            runpy.run_path(str(script), run_name="__main__")
     except SystemExit as end:
         status = end.code
         if isinstance(status, str):
