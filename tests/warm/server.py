@@ -112,8 +112,13 @@ def become(about: dict, descriptors: list[int]) -> None:
     status = 0
     try:
         if sys.argv[0] == "dvc":
+            from celery.app.control import Inspect
             from dvc.cli import main
 
+            if sys.argv[1:3] == ["exp", "queue-worker"]:
+                # It asks itself what it does, and ends, its experiment lost, where a second passes without an answer.
+                destination, _, *others = Inspect.__init__.__defaults__
+                Inspect.__init__.__defaults__ = (destination, 20.0, *others)
             status = main()
         else:
             script = Path(sys.argv[0]).absolute()
