@@ -22,15 +22,17 @@ def names(folder: Path, state: str) -> list[str]:
 def test_what_waits_runs_fails_and_is_stopped(tmp_path):
     project = clone(tmp_path / "project", **SETTINGS, num_epochs=150)
     dvc(project, "exp", "run", "--queue", "-n", "long", "-S", "num_epochs=3000")
-    dvc(project, "exp", "run", "--queue", "-n", "bad", "-S", "lr=1e30")
-    dvc(project, "exp", "run", "--queue", "-n", "good", "-S", "num_epochs=1")
-    dvc(project, "exp", "run", "--queue", "-n", "late")
-    assert len(names(project, "Queued")) == 4
-    dvc(project, "queue", "remove", "late")
     start_queue(project)
     wait_for(lambda: names(project, "Running") == ["long"], every=2)
     wait_for(lambda: "epoch 1/" in dvc(project, "queue", "logs", "long"))
     dvc(project, "queue", "kill", "long")
+    wait_for_queue(project)  # DVC stops the worker, too, which would take the next with it
+    dvc(project, "exp", "run", "--queue", "-n", "bad", "-S", "lr=1e30")
+    dvc(project, "exp", "run", "--queue", "-n", "good", "-S", "num_epochs=1")
+    dvc(project, "exp", "run", "--queue", "-n", "late")
+    assert len(names(project, "Queued")) == 3
+    dvc(project, "queue", "remove", "late")
+    start_queue(project)
     status = wait_for_queue(project)
     assert {name: re.search(rf" {name} .* (\w+) *$", status, re.MULTILINE)[1] for name in ("long", "bad", "good")} == {
         **dict.fromkeys(("long", "bad"), "Failed"),
