@@ -11,7 +11,7 @@ from finetune import datasets, nodes, search, sharing
 from finetune.clones import Repository
 from finetune.errors import UserError
 from finetune.trials import Driver
-from helpers import COLD, clone, differences, dvc, git, make_pictures, results, wait_for
+from helpers import COLD, clone, differences, dvc, git, make_pictures, results, wait_for, warm
 
 import optuna
 import pytest
@@ -162,7 +162,8 @@ def test_a_node_without_the_pictures_trains_on_nothing_else_and_a_bad_trial_is_s
     monkeypatch.delenv("DATA_ARCHIVE", raising=False)
     repository = Repository(project)
 
-    with cluster(tmp_path, {}, {"DATA_ARCHIVE": str(archive)}) as made, nodes.connected(made.address):
+    variables = ({}, {"DATA_ARCHIVE": str(archive)})
+    with cluster(tmp_path, *(each | warm() for each in variables)) as made, nodes.connected(made.address):
         (bare,) = (node.node_id for node in made.worker_nodes if "DATA_ARCHIVE" not in node._ray_params.env_vars)
 
         def study(name: str, content: dict, is_bare_alone: bool) -> list:
