@@ -296,9 +296,12 @@ COLD = {"WARM_SERVER": ""}  # variables with which DVC and the stages are starte
 @functools.cache
 def warm() -> dict[str, str]:
     """Return variables with which DVC and the stages that it starts are forks: an experiment in half the time."""
+    if sys.platform != "linux":
+        return {}
     address = Path(tempfile.mkdtemp(prefix="warm-"), "server")
-    server = subprocess.Popen([sys.executable, ROOT / "tests/warm/server.py", address], stdin=subprocess.PIPE)
-    atexit.register(shutil.rmtree, address.parent)
+    command = [sys.executable, ROOT / "tests/warm/server.py", address]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)
+    atexit.register(server.communicate)  # which closes its input, and so ends it
     wait_for(lambda: address.exists() or server.poll() is not None)
     assert server.poll() is None
     return {"WARM_SERVER": str(address), "PYTHONPATH": str(ROOT / "tests/warm")}

@@ -10,7 +10,7 @@ from pathlib import Path
 from finetune import search
 from finetune.clones import Clone, Repository
 from finetune.trials import Driver
-from helpers import TINY, as_user, clone, dvc, git, wait_for, warm
+from helpers import COLD, TINY, as_user, clone, dvc, git, wait_for, warm
 
 import optuna
 import pytest
@@ -99,13 +99,13 @@ def test_a_grids_trials_are_experiments_and_the_workspace_stays_as_it_is(project
 def test_a_killed_sweep_goes_on_with_what_it_had(project):
     content = {"metric": "val_acc", "direction": "maximize", "method": "tpe", "budget": {"trials": 3}}
     search_ = {"optimizer.name": ["sgd", "adamw"], "lr": {"low": 0.0001, "high": 0.1, "log": True}}
-    file = write(project, "mine", content | {"search": search_, "set": {"num_epochs": 40}})
-    process = start(project, file)
+    file = write(project, "mine", content | {"search": search_, "set": {"num_epochs": 100}})
+    process = start(project, file, **COLD)
     for line in process.stdout:
         if line.startswith("mine-000: val_acc"):
             break
     log = project / ".dvc/tmp/sweeps/mine/mine-001.log"
-    wait_for(lambda: log.exists() and "epoch 3/40" in log.read_text())
+    wait_for(lambda: log.exists() and "epoch 3/100" in log.read_text())
     process.kill()
     process.communicate()
     first = git(project, "for-each-ref", "refs/exps", "--format=%(objectname) %(refname)")

@@ -86,9 +86,8 @@ class Clone(Slot):
 
     def __init__(self, repository: Repository, folder: Path, options: Sequence[str] = ()):
         self.repository, self.folder, self.options = repository, folder, options
-        if folder.exists():  # of a sweep that was killed: an experiment may yet be saving what it has in there
+        if folder.exists():  # of a sweep that was killed: what ran in there may not have ended yet
             folder.rename(folder.with_name(f"{folder.name}-left-{time.time_ns()}"))
-        self.close()
         folder.parent.mkdir(parents=True, exist_ok=True)
         git(folder.parent, "clone", "-q", "--shared", "--no-checkout", str(repository.root), folder.name)
         git(folder, "checkout", "-q", "--detach", repository.commit)

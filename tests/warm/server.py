@@ -10,6 +10,7 @@ import json
 import os
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import sys
@@ -38,6 +39,7 @@ def preload() -> None:
 
 
 def serve(address: str) -> None:
+    """Fork for all who ask, until the standard input is closed; then have what still runs end."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(address)
     listener.listen(64)
@@ -51,10 +53,15 @@ def serve(address: str) -> None:
         while True:
             for key, _ in ready.select():
                 if key.fileobj == 0:
+                    for pid in forks:
+                        os.killpg(pid, signal.SIGTERM)
                     return
                 if key.fileobj is listener:
                     connection, _ = listener.accept()
                     about, descriptors, *_ = socket.recv_fds(connection, 2**20, 4)
+                    if not descriptors:  # killed before it asked
+                        connection.close()
+                        continue
                     if not (pid := os.fork()):
                         os.setpgid(0, 0)
                         for other in (listener, connection, *forks.values()):
@@ -75,11 +82,13 @@ def serve(address: str) -> None:
                     reap(forks, ready)
                 elif key.data in forks:
                     number = key.fileobj.recv(16)
-                    if number:
-                        os.killpg(key.data, number[0])  # as Ctrl-C and DVC do, which signal what it has started, too
-                    else:  # who asked was killed
+                    if not number:  # who asked was killed
                         os.kill(key.data, signal.SIGKILL)
                         ready.unregister(key.fileobj)
+                    elif number[0] == signal.SIGINT:  # Ctrl-C and DVC interrupt what it has started, too
+                        os.killpg(key.data, signal.SIGINT)
+                    else:
+                        os.kill(key.data, number[0])
 
 
 def reap(forks: dict[int, socket.socket], ready: selectors.BaseSelector) -> None:
@@ -142,3 +151,4 @@ def become(about: dict, descriptors: list[int]) -> None:
 if __name__ == "__main__":
     preload()
     serve(sys.argv[1])
+    shutil.rmtree(Path(sys.argv[1]).parent)

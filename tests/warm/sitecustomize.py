@@ -22,6 +22,7 @@ def _wanted() -> list[str]:
 
 
 def _be_a_fork(words: list[str], address: str) -> None:
+    import contextlib
     import ctypes
     import json
     import signal
@@ -34,21 +35,34 @@ def _be_a_fork(words: list[str], address: str) -> None:
         return
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     ignored = [number for number in numbers if signal.getsignal(number) == signal.SIG_IGN]
-    for number in set(numbers) - set(ignored):
-        signal.signal(number, lambda number, _: connection.send(bytes([number])))
-    if words[0] != "dvc":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # with the parent, as a stage does by looking for it
     about = json.dumps({"words": words, "environ": dict(os.environ), "ignored": ignored}).encode()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, len(about) + 4096)
     here = os.open(".", os.O_RDONLY)
     socket.send_fds(connection, [about], [0, 1, 2, here])
-    for descriptor in (0, 1, 2, here):
-        os.close(descriptor)
-    status = int(connection.recv(16) or -signal.SIGKILL)  # PEP 475: a signal does not end it
-    if status < 0:
-        signal.signal(-status, signal.SIG_DFL)
-        os.kill(os.getpid(), -status)
-    os._exit(status)
+    status = -signal.SIGKILL
+    try:  # whatever comes, this process does not do by itself what its fork does
+
+        def pass_on(number: int, _frame: object) -> None:
+            with contextlib.suppress(OSError):  # the fork has ended
+                connection.send(bytes([number]))
+
+        for number in set(numbers) - set(ignored):
+            signal.signal(number, pass_on)
+        if words[0] != "dvc":
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # with the parent, as a stage does by looking for it
+        for descriptor in (0, 1, 2, here):
+            os.close(descriptor)
+        try:
+            said = connection.recv(16)
+        except ConnectionResetError:  # a signal that the server has not read; what it said is there
+            said = connection.recv(16)
+        status = int(said or status)
+        if status < 0:
+            if status != -signal.SIGKILL:
+                signal.signal(-status, signal.SIG_DFL)
+            os.kill(os.getpid(), -status)
+    finally:
+        os._exit(status if status >= 0 else 1)
 
 
 if (address := os.environ.get("WARM_SERVER")) and (words := _wanted()):
