@@ -44,7 +44,7 @@ test: setup timm export s3 browser
 	$(IN_VENV) ruff check .
 	$(IN_VENV) ruff format --check .
 	$(IN_VENV) mypy
-	OMP_NUM_THREADS=1 $(IN_VENV) python -m pytest -m "" -n 3 --dist worksteal --durations=25
+	OMP_NUM_THREADS=1 $(IN_VENV) python -m pytest -m "" -n 4 --dist worksteal --durations=25
 
 benchmark: setup
 	$(IN_VENV) python benchmarks/speed.py
