@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from finetune import backbones, checkpoint, stage
 from finetune.digests import digest
+from finetune.starters import starters
 
 import numpy as np
 import pytest
@@ -126,7 +127,7 @@ def _run_script(folder: Path, script: str, arguments: tuple[str, ...], variables
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.chdir(folder)
-    stage.PARENT = os.getppid()  # which is the server
+    stage.STARTED_BY = starters()  # the server
     sys.argv = [f"src/{script}.py", *arguments]
     stage.run(importlib.import_module(script).main)
 
@@ -287,6 +288,7 @@ def _cached(folder: Path, text: str, suffix: str = "") -> str:
 def as_user(folder: Path) -> dict[str, str]:
     """Return the environment of a user who stands in a folder, with the tests' Python and dvc on PATH."""
     environ = {name: value for name, value in os.environ.items() if name not in ("DATA_ARCHIVE", "WEIGHTS_DIR")}
+    environ |= {f"GIT_{role}_{key}": f"tester@{key}" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
     return environ | {"PATH": f"{Path(sys.executable).parent}:{environ['PATH']}", "PWD": str(folder), "COLUMNS": "400"}
 
 
@@ -319,10 +321,9 @@ def dvc(folder: Path, *arguments: str, status: int = 0, **variables: str) -> str
 
 def typed(folder: Path, line: str, status: int = 0, **variables: str) -> str:
     """Type a line as a user who stands in a folder does; return what it printed."""
-    identity = {f"GIT_{role}_{key}": f"tester@{key}" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}
     with tempfile.TemporaryFile("w+") as file:  # a pipe would be held open by what `dvc queue start` starts
         outputs = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
-        environ = as_user(folder) | warm() | identity | variables
+        environ = as_user(folder) | warm() | variables
         result = subprocess.run(["bash", "-ec", line], cwd=folder, env=environ, timeout=900, **outputs)
         file.seek(0)
         printed = file.read()

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from finetune import uncompiled
 
-PARENT = os.getppid()  # of when the process began: it may be killed while torch is being imported
-
 # Importing torch takes seconds, in which Ctrl-C would show a traceback of torch's. From then on, stage.run handles it.
 _script = getattr(sys.modules["__main__"], "__file__", None)
 _is_ours = _script and Path(_script).resolve().parent == Path(__file__).resolve().parent.parent
@@ -25,11 +23,15 @@ if _is_ours:
     gc.disable()  # until stage.run: importing torch and torchvision takes 2.1 s instead of 2.9
 
 # `dvc` found by its full path starts the stages with whatever `python3` is on PATH.
-_missing = [name for name in ("numpy", "PIL", "pydantic", "ruamel", "torch", "dvclive") if not find_spec(name)]
+_needed = ("numpy", "PIL", "psutil", "pydantic", "ruamel", "torch", "dvclive")
+_missing = [name for name in _needed if not find_spec(name)]
 if _missing:
     sys.exit(
         f"error: {sys.executable} has no {', '.join(_missing)}: the environment is not on PATH.\n"
         "Run `. .venv/bin/activate` (after `make setup`), then the same command again."
     )
 
+from finetune.starters import starters  # noqa: E402
+
+STARTED_BY = starters()  # as it began: they may be killed while torch is being imported
 uncompiled.take_place()

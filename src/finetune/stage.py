@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from finetune import PARENT
+from finetune import STARTED_BY
 from finetune.errors import UserError, explained
+from finetune.starters import starters
 
 POLL = 0.5  # seconds
 END = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # the latter: a closed terminal
@@ -91,6 +92,6 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
 
 def _stop_with_parent() -> None:
     """Stop this process when what started it is gone, or it would go on writing beside the next run."""
-    while os.getppid() == PARENT:
+    while starters() == STARTED_BY:
         time.sleep(POLL)
     os.kill(os.getpid(), signal.SIGTERM)
