@@ -3,11 +3,14 @@
 import contextlib
 import re
 import shutil
+import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from finetune import datasets, nodes, search, sharing
+from finetune import agent, clones, datasets, nodes, search, sharing
 from finetune.clones import Repository
 from finetune.errors import UserError
 from finetune.trials import Driver
@@ -17,6 +20,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 from test_sweep import GRID, QUICK, FromTheSecondOn, experiments, start, sweep, write
+from zc.lockfile import LockFile
 
 pytestmark = pytest.mark.slow
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="requirements-ray.txt is not installed")
@@ -149,6 +153,40 @@ def test_a_lost_nodes_trial_goes_on_elsewhere_and_ends_the_same_to_the_bit(tmp_p
     printed = dvc(project, "exp", "run", "--force", OMP_NUM_THREADS="1", **COLD)
     assert "going on after" not in printed
     assert differences(found, results(project)) == []
+
+
+def test_a_push_that_takes_longer_than_the_training_is_in_nobodys_way(tmp_path, monkeypatch):
+    project = shared(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    for key, value in (warm() | {"FINETUNE_SCRATCH": ""}).items():  # the latter is the agent's to set
+        monkeypatch.setenv(key, value)
+    node, pushed, usual = agent.Agent(), [], clones.dvc
+
+    def slow(folder: Path, *arguments: str) -> str:
+        if arguments[0] == "push":
+            (folder / ".dvc/tmp").mkdir(exist_ok=True)
+            with contextlib.closing(LockFile(str(folder / ".dvc/tmp/lock"))):  # as DVC has it as long as it pushes
+                wait_for(lambda: "epoch 2/2" in node.running.log.read_text())
+                time.sleep(6)
+            pushed.extend(arguments)
+        return usual(folder, *arguments)
+
+    monkeypatch.setattr(clones, "dvc", slow)
+    commit = git(project, "rev-parse", "HEAD").strip()
+    assert node.set_up(str(tmp_path / "git"), commit, agent.versions(), {}, clones.identity(project)) == ""
+    node.start("mine", ["seed=1"])
+    looks = [node.look()]
+    while looks[-1][1] is None:
+        looks.append(node.look())
+    assert looks[-1][1] == 0, node.running.log.read_text()
+    assert pushed == ["push", "--run-cache", "backbone", "prepare"]
+
+    # Another node then has nothing to prepare.
+    other = tmp_path / "other"
+    git(tmp_path, "clone", "-q", "git", str(other))
+    printed = dvc(other, "repro", "--pull", "backbone", "prepare")
+    assert printed.count("is cached - skipping run") == 2
 
 
 @needs_ray

@@ -6,6 +6,7 @@ imported from the revision, when that is there.
 
 import os
 import platform
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "torchvision", "numpy", "dvc")
 WAIT = 1.0  # seconds that `look` waits for the end
 PREPARING = ("backbone", "prepare")  # the stages whose results other nodes need, too
+STAGES_FILES = (".dvc/config", ".dvc/config.local", "dvc.yaml", "dvc.lock", "params.yaml")  # what says what those are
 
 
 def versions() -> dict[str, str]:
@@ -110,7 +112,6 @@ class Agent:
         experiment before its status is.
         """
         from finetune import sharing
-        from finetune.clones import dvc
         from finetune.errors import UserError
 
         if not self.running:
@@ -123,7 +124,7 @@ class Agent:
             for line in lines:
                 self.prepared += [stage for stage in PREPARING if line.startswith(f"Running stage '{stage}'")]
                 if line.startswith("Running stage 'train'") and self.prepared:
-                    dvc(self.clone.folder, "push", "--run-cache", *self.prepared)
+                    self._push_prepared()
             if status == 0:
                 sharing.push(self.clone.folder, self.clone.repository, self.running.name)
         except UserError as error:
@@ -140,6 +141,23 @@ class Agent:
         """Have the experiment save what it has, and wait until it has ended."""
         if self.running:
             self.running.stop()
+
+
+    def _push_prepared(self) -> None:
+        """Have the DVC remote have what the stages before the training made. Raises UserError.
+
+        From a folder beside the clone: in there the experiment needs DVC's lock as soon as it has trained, and waits
+        for it for no more than 3 seconds.
+        """
+        from finetune.clones import dvc, git
+
+        beside = self.clone.folder.with_suffix(".push")
+        shutil.rmtree(beside, ignore_errors=True)
+        for path in STAGES_FILES:
+            (beside / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.clone.folder / path, beside / path)
+        git(beside, "init", "-q")
+        dvc(beside, "push", "--run-cache", *self.prepared)
 
 
 def _cloned(url: str, commit: str, base: Path) -> str:
