@@ -18,9 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from finetune import backbones, checkpoint, stage
+from finetune import backbones, checkpoint, stage, starters
 from finetune.digests import digest
-from finetune.starters import starters
 
 import numpy as np
 import pytest
@@ -127,7 +126,7 @@ def _run_script(folder: Path, script: str, arguments: tuple[str, ...], variables
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.chdir(folder)
-    stage.STARTED_BY = starters()  # the server
+    starters.STARTED_BY = starters.starters()  # the server
     sys.argv = [f"src/{script}.py", *arguments]
     stage.run(importlib.import_module(script).main)
 
@@ -292,21 +291,21 @@ def as_user(folder: Path) -> dict[str, str]:
     return environ | {"PATH": f"{Path(sys.executable).parent}:{environ['PATH']}", "PWD": str(folder), "COLUMNS": "400"}
 
 
-COLD = {"WARM_SERVER": ""}  # variables with which DVC and the stages are started as usual
+COLD = {"WARM_SERVER": "", "STANDBY_SECONDS": "0"}  # variables with which neither DVC nor a stage is a fork
 
 
 @functools.cache
 def warm() -> dict[str, str]:
-    """Return variables with which DVC and the stages that it starts are forks: an experiment in half the time."""
+    """Return variables with which DVC is a fork of a process that has imported it, as stages are."""
     if sys.platform != "linux":
         return {}
-    address = Path(tempfile.mkdtemp(prefix="warm-"), "server")
-    command = [sys.executable, ROOT / "tests/warm/server.py", address]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)
-    atexit.register(server.communicate)  # which closes its input, and so ends it
-    wait_for(lambda: address.exists() or server.poll() is not None)
-    assert server.poll() is None
-    return {"WARM_SERVER": str(address), "PYTHONPATH": str(ROOT / "tests/warm")}
+    address = f"finetune-tests-{os.getpid()}"
+    server = subprocess.Popen(
+        [sys.executable, ROOT / "tests/warm/server.py", address], stdout=subprocess.PIPE, process_group=0
+    )
+    atexit.register(server.terminate)
+    assert server.stdout.readline() == b"ready\n"
+    return {"WARM_SERVER": address, "PYTHONPATH": str(ROOT / "tests/warm")}
 
 
 def dvc(folder: Path, *arguments: str, status: int = 0, **variables: str) -> str:

@@ -31,7 +31,8 @@ if _missing:
         "Run `. .venv/bin/activate` (after `make setup`), then the same command again."
     )
 
-from finetune.starters import starters  # noqa: E402
+from finetune import standby  # noqa: E402
 
-STARTED_BY = starters()  # as it began: they may be killed while torch is being imported
+if _is_ours:
+    standby.take_over()
 uncompiled.take_place()

@@ -142,7 +142,6 @@ class Agent:
         if self.running:
             self.running.stop()
 
-
     def _push_prepared(self) -> None:
         """Have the DVC remote have what the stages before the training made. Raises UserError.
 
@@ -150,14 +149,21 @@ class Agent:
         for it for no more than 3 seconds.
         """
         from finetune.clones import dvc, git
+        from finetune.errors import UserError
 
         beside = self.clone.folder.with_suffix(".push")
-        shutil.rmtree(beside, ignore_errors=True)
-        for path in STAGES_FILES:
-            (beside / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(self.clone.folder / path, beside / path)
-        git(beside, "init", "-q")
-        dvc(beside, "push", "--run-cache", *self.prepared)
+        for is_last in (False, True):  # dvc.lock may be half-written, by the end of the training
+            shutil.rmtree(beside, ignore_errors=True)
+            for path in STAGES_FILES:
+                (beside / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(self.clone.folder / path, beside / path)
+            git(beside, "init", "-q")
+            try:
+                dvc(beside, "push", "--run-cache", *self.prepared)
+                return
+            except UserError:
+                if is_last:
+                    raise
 
 
 def _cloned(url: str, commit: str, base: Path) -> str:

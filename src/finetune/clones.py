@@ -5,7 +5,6 @@ workspace is left alone, which `dvc exp run --temp` and `--queue` change for a m
 goes on wherever the same settings are run again.
 """
 
-import ctypes
 import os
 import shlex
 import shutil
@@ -21,6 +20,7 @@ from finetune import runs
 from finetune.errors import UserError
 from finetune.files import resolve_user_path
 from finetune.slots import Job, Slot
+from finetune.starters import end_with_parent
 
 PATHS = ("DATA_ARCHIVE", "WEIGHTS_DIR")  # variables that may name files by where the user typed the command
 PATIENCE = 60  # seconds that a stopped experiment has to save what it has
@@ -148,7 +148,7 @@ class Running(Job):
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is this process's, which then stops them
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,  # then the stage that it runs stops by itself
             )
         self._read = 0
 
@@ -183,10 +183,3 @@ class Running(Job):
     def _signal(self, number: int) -> None:
         if self._process.poll() is None:
             os.killpg(self._process.pid, number)
-
-
-def _end_with_parent() -> None:
-    """Have Linux end this process with its parent; the stage that it runs then stops by itself."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from finetune import starters
 from finetune.errors import UserError, disk_is_full
 
 import psutil
@@ -94,6 +95,6 @@ def _user_folders() -> Iterator[Path]:
 def _parents() -> list[psutil.Process]:
     """Return the processes above this one, the nearest first."""
     try:
-        return psutil.Process().parents()
+        return starters.process().parents()
     except psutil.Error:
         return []

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from finetune import STARTED_BY
+from finetune import standby, starters
 from finetune.errors import UserError, explained
-from finetune.starters import starters
 
 POLL = 0.5  # seconds
 END = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]  # the latter: a closed terminal
@@ -34,9 +33,10 @@ def run(main: Callable[[], None]) -> None:
     _handle(signal.SIGINT, signal.default_int_handler)
     for number in END:
         _handle(number, _interrupt)
-    if "DVC_ROOT" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:  # started by DVC, or by finetune.distributed
-        threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
+        standby.leave_behind()
+        if "DVC_ROOT" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:  # started by DVC, or finetune.distributed
+            threading.Thread(target=_stop_with_parent, daemon=True).start()
         main()
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -92,6 +92,6 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
 
 def _stop_with_parent() -> None:
     """Stop this process when what started it is gone, or it would go on writing beside the next run."""
-    while starters() == STARTED_BY:
+    while not starters.are_gone():
         time.sleep(POLL)
     os.kill(os.getpid(), signal.SIGTERM)
