@@ -10,7 +10,7 @@ from pathlib import Path
 from finetune import search
 from finetune.clones import Clone, Repository
 from finetune.trials import Driver
-from helpers import COLD, TINY, as_user, clone, dvc, git, wait_for, warm
+from helpers import TINY, as_user, clone, dvc, git, wait_for, warm
 
 import optuna
 import pytest
@@ -100,7 +100,7 @@ def test_a_killed_sweep_goes_on_with_what_it_had(project):
     content = {"metric": "val_acc", "direction": "maximize", "method": "tpe", "budget": {"trials": 3}}
     search_ = {"optimizer.name": ["sgd", "adamw"], "lr": {"low": 0.0001, "high": 0.1, "log": True}}
     file = write(project, "mine", content | {"search": search_, "set": {"num_epochs": 100}})
-    process = start(project, file, **COLD)
+    process = start(project, file)
     for line in process.stdout:
         if line.startswith("mine-000: val_acc"):
             break
