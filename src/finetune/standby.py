@@ -4,7 +4,7 @@ The first stage that has, leaves a copy of itself behind, which waits. The next 
 work: with the standard streams, the folder, the environment and the arguments of who asked. That one passes signals on,
 and ends as the fork does.
 
-Whatever a process has from where it was started must be as it was for the one on standby (`_surroundings`): packages,
+Whatever a process has from where it was started must be as it was for the one on standby (`surroundings`): packages,
 environment, limits, namespaces; else the stage begins as usual. The project's own modules are imported anew. It waits
 for STANDBY_SECONDS, 60 by default, and ends; with 0 there is none. A SIGTERM ends it after its last fork.
 """
@@ -12,7 +12,6 @@ for STANDBY_SECONDS, 60 by default, and ends; with 0 there is none. A SIGTERM en
 import contextlib
 import ctypes
 import gc
-import hashlib
 import importlib
 import json
 import os
@@ -27,7 +26,7 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import NoReturn
 
-from finetune import starters
+from finetune import starters, surroundings
 from finetune.uncompiled import StandIn
 
 SECONDS = 60.0
@@ -41,15 +40,6 @@ BACKLOG = 64
 ANSWER = 5  # seconds in which a fork begins
 REQUEST = 1  # seconds in which a request comes
 
-# What may differ between two stages, as no import looks at it.
-VARIABLES = {"PWD", "OLDPWD", "SHLVL", "_", "TERM", "COLUMNS", "LINES", "STANDBY_SECONDS"}
-VARIABLES |= {"CHECKPOINTS_DIR", "DATA_ARCHIVE", "WEIGHTS_DIR"}
-PREFIXES = ("DVC_", "FINETUNE_")
-# What may not, of what Linux says of a process.
-FACTS = ("Umask", "Uid", "Gid", "Groups", "CapEff", "NoNewPrivs", "Seccomp", "SigBlk", "Cpus_allowed", "Mems_allowed")
-FILES = ("limits", "cgroup", "oom_score_adj")
-NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
-
 _address = ""  # where the one on standby listens; '' where there is to be none
 
 
@@ -58,8 +48,9 @@ def take_over() -> None:
     global _address
     is_stage = "DVC_STAGE" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ  # and no process of several
     if sys.platform == "linux" and is_stage and not starters.ASKED_BY and _seconds():
-        _address = f"finetune-{hashlib.sha256(json.dumps(_surroundings(), sort_keys=True).encode()).hexdigest()}"
-        ask(_address, sys.argv)
+        with contextlib.suppress(OSError):  # a /proc that does not say
+            _address = f"finetune-{surroundings.digest((__file__, str(starters.__file__)))}"
+            ask(_address, sys.argv)
 
 
 def leave_behind() -> None:
@@ -89,35 +80,6 @@ def _seconds() -> float:
         return min(max(0.0, float(said)), LONGEST)
     except ValueError:
         sys.exit(f"error: STANDBY_SECONDS={said}: give a number of seconds; 0 for no process on standby.")
-
-
-def _surroundings() -> list:
-    """Return what a process has from where it was started, and which packages it finds."""
-    environ = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    return [
-        [sys.executable, sys.orig_argv[1 : -len(sys.argv)]],
-        {name: value for name, value in environ.items() if not name.startswith(PREFIXES)},
-        _facts(os.getpid()),
-        [[str(folder), folder.stat().st_mtime_ns] for folder in _installed()],
-        [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in (__file__, str(starters.__file__))],
-    ]
-
-
-def _facts(pid: int) -> list:
-    """Return what Linux says of a process that must be alike. Raises OSError where it is not ours to see."""
-    about = Path("/proc", str(pid))
-    return [
-        [line for line in (about / "status").read_text().splitlines() if line.startswith(FACTS)],
-        [(about / name).read_text() for name in FILES],
-        [os.readlink(about / "ns" / name) for name in NAMESPACES if (about / "ns" / name).is_symlink()],
-        [os.getpriority(os.PRIO_PROCESS, pid), os.sched_getscheduler(pid), (about / "root").stat().st_ino],
-    ]
-
-
-def _installed() -> list[Path]:
-    """Return the folders of Python's own modules and of installed packages."""
-    names = (Path(os.__file__).parent.name, "lib-dynload", "site-packages", "dist-packages")
-    return [folder for folder in map(Path, sys.path) if folder.name in names and folder.is_dir()]
 
 
 # Who asks -------------------------------------------------------------------------------------------------------------
@@ -162,13 +124,13 @@ def _end_as_it_does(connection: socket.socket, numbers: Iterable[int]) -> NoRetu
         if number == signal.SIGTSTP:
             os.kill(os.getpid(), signal.SIGSTOP)
 
-    for number in numbers:
-        signal.signal(number, pass_on)
-    for descriptor in (0, 1, 2):
-        os.close(descriptor)
     status = -signal.SIGKILL  # whatever comes now, this process does not do what its fork does
     try:
+        for number in numbers:
+            signal.signal(number, pass_on)
         with contextlib.suppress(OSError):
+            for descriptor in (0, 1, 2):
+                os.close(descriptor)
             try:
                 said = connection.recv(SMALL)
             except ConnectionResetError:  # by a signal that was not read any more; what was said is there
@@ -246,7 +208,7 @@ def serve(listener: socket.socket, seconds: float) -> None:
 
 def _forget() -> bool:
     """Forget all modules but the installed ones, for a fork's are those of its own folder; tell whether that can be."""
-    installed = _installed()
+    installed = surroundings.installed()
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if isinstance(module, StandIn) or (file and not any(Path(file).is_relative_to(each) for each in installed)):
@@ -264,7 +226,7 @@ def _fork(connection: socket.socket, others: list) -> int:
     own = os.getpid()
     try:
         pid, user, _ = _other(connection)
-        if not pid or user != os.getuid() or _facts(pid) != _facts(own):
+        if not pid or user != os.getuid() or surroundings.facts(pid) != surroundings.facts(own):
             return 0
         connection.settimeout(REQUEST)
         request, descriptors, *_ = socket.recv_fds(connection, LARGE, 4)
