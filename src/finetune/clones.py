@@ -151,6 +151,7 @@ class Running(Job):
                 preexec_fn=end_with_parent,  # then the stage that it runs stops by itself
             )
         self._read = 0
+        self._is_asked = False
 
     def lines(self) -> Iterator[str]:
         """Yield the whole lines that were printed since the last time."""
@@ -168,8 +169,10 @@ class Running(Job):
         return self._process.poll()
 
     def ask_to_stop(self) -> None:
-        """Have it save what it has and end, as Ctrl-C does."""
-        self._signal(signal.SIGINT)
+        """Have it save what it has and end, as Ctrl-C does: once, as a second Ctrl-C ends it at once."""
+        if not self._is_asked:
+            self._is_asked = True
+            self._signal(signal.SIGINT)
 
     def stop(self) -> None:
         """Have it save what it has, and wait until it has ended."""
