@@ -260,7 +260,7 @@ def test_it_waits_for_as_long_as_it_is_told(tmp_path):
     project = Project(tmp_path / "project")
     project.run("say", STANDBY_SECONDS="0")
     assert project.standby() == []
-    project.run("say", STANDBY_SECONDS="1")
+    project.run("say", STANDBY_SECONDS="3")
     wait_for(project.standby)
     wait_for(lambda: not project.standby())
     process = project.start("say", STANDBY_SECONDS="soon")
