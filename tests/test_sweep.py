@@ -163,6 +163,9 @@ def test_a_clone_is_made_anew_though_something_writes_in_the_one_before(project)
         clone_ = Clone(Repository(project), folder)
         assert (folder / "params.yaml").read_bytes() == (project / "params.yaml").read_bytes()
         assert not list((folder / "models").glob("1*"))
+        assert (
+            git(folder, "config", "--local", "user.name") == "tester\n"
+        )  # as the repository's, not the tests' variables
     finally:
         writer.kill()
         writer.wait()
